@@ -29,9 +29,11 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,7 +135,7 @@ def _check_mnist_file(path: Path) -> bool:
     size, md5 = MNIST_FILES[path.name]
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a file ({error.strerror}): put MNIST's file there") from None
@@ -588,7 +590,7 @@ def _write(path: Path, payload: dict) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}); what was saved there before is untouched") from None
+        raise CheckpointError(f"{path} could not be written ({error.strerror}); what stood there before is untouched") from None
 
 
 def _read(path: Path, kind: str) -> dict:
@@ -748,19 +750,19 @@ def posterior(model: VAE, images: Tensor, batch_size: int = 500) -> tuple[Tensor
 
 
 @torch.no_grad()
-def loss_per_image(model: VAE, images: Tensor, passes: int = 10, seed: int = 0) -> Loss:
+def loss_per_image(model: VAE, images: Tensor, passes: int = 10, seed: int = 0, batch_size: int = 500) -> Loss:
     """-ELBO, BCE and KL of every image, each (N,) on the CPU: the mean of `passes` sampled z per image."""
     _check_images(images)
     _check_integer("passes", passes, 1)
     _check_seed(seed)
     with _evaluating(model):
-        mu, logvar = posterior(model, images)
+        mu, logvar = posterior(model, images, batch_size)
         bce = torch.zeros(len(images), dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(passes if model.variational else 1):
             z = reparameterize(mu, logvar, generator) if model.variational else mu
             bce += torch.cat([bce_per_image(model.decode(part), x.to(part.device)).cpu()
-                              for part, x in zip(z.split(500), images.split(500))])
+                              for part, x in zip(z.split(batch_size), images.split(batch_size))])
         bce /= passes if model.variational else 1
         kl = kl_per_dimension(mu, logvar).sum(1).double().cpu() if model.variational else torch.zeros_like(bce)
     return Loss(bce + kl, bce, kl)
@@ -783,3 +785,51 @@ def _evaluating(model: nn.Module):
         yield
     finally:
         model.train(training)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures: each takes data, returns the Figure, and neither shows nor saves it
+# --------------------------------------------------------------------------------------------------
+
+COLORS = plt.color_sequences["petroff10"]  # ten colours that colour-blind readers can tell apart (Petroff, 2021)
+
+
+def digits_grid(rows: list[Tensor], row_labels: list[str] | None = None, column_labels: list[str] | None = None,
+                cmaps: list[str] | None = None, size: float = 0.75) -> Figure:
+    """A labelled grid of digits: each row a tensor (N, 1, 28, 28), grey from 0 to 1, rows may differ in length.
+
+    `cmaps` names a row's colour map; a row in anything but "gray" is drawn from -1 to 1.
+    """
+    if not rows or any(row.ndim != 4 or len(row) == 0 for row in rows):
+        raise ValueError("a grid wants at least one row, and every row at least one image of shape (1, 28, 28)")
+    columns = max(map(len, rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(size * columns + 1, size * len(rows) + 0.3), squeeze=False,
+                                layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for i, row in enumerate(rows):
+        cmap = cmaps[i] if cmaps else "gray"
+        for j, ax in enumerate(axes[i]):
+            ax.set_xticks([]), ax.set_yticks([])
+            if j >= len(row):
+                ax.axis("off")
+                continue
+            ax.imshow(row[j, 0].cpu(), cmap=cmap, vmin=0 if cmap == "gray" else -1, vmax=1)
+            if i == 0 and column_labels:
+                ax.set_title(column_labels[j], fontsize=9)
+        if row_labels:
+            axes[i, 0].set_ylabel(row_labels[i], rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def plot_history(history: list[dict]) -> Figure:
+    """Learning curves: -ELBO, BCE and KL per epoch, training and validation, from what `fit` returns."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for ax, key, title in zip(axes, ("loss", "bce", "kl"), ("loss", "BCE", "KL")):
+        for part, color in (("train", COLORS[0]), ("val", COLORS[1])):
+            ax.plot(epochs, [row[f"{part}_{key}"] for row in history], ".-", color=color,
+                    label={"train": "training", "val": "validation"}[part])
+        ax.set(title=title, xlabel="epoch", ylabel="nats per image")
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    return figure

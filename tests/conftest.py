@@ -1,0 +1,53 @@
+"""What several tests share: a few digits, a place for checkpoints, and whether real MNIST is at hand."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+import utils
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return utils.load_images("digits")
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """Real MNIST where it is linked under data/; never downloaded by a test."""
+    if not all((ROOT / "data/MNIST/raw" / name).exists() for name in utils.MNIST_FILES):
+        pytest.skip("MNIST is not under data/MNIST/raw")
+    return utils.load_images("mnist", ROOT / "data")
+
+
+@pytest.fixture
+def few(digits):
+    """96 training and 32 validation images: enough to train on, small enough for dozens of runs."""
+    return digits.train.images[:96], digits.val.images[:32]
+
+
+@pytest.fixture
+def best(tmp_path):
+    return tmp_path / "models" / "vae_digits_best.pt"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return utils.VAE(latent_dim=4)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that tries to download fails at once: nothing listens at the proxy's port."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert os.environ["https_proxy"].endswith(":9")
