@@ -249,21 +249,36 @@ def _check_seed(seed: int) -> None:
 MAX_LATENT_DIM = 1024
 
 
+class ResidualDense(nn.Module):
+    """h + GELU(W h + b): a layer that starts near the identity, (B, width) -> (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + F.gelu(self.linear(h), approximate="tanh")
+
+
+def _gelu() -> nn.Module:
+    return nn.GELU(approximate="tanh")
+
+
 class Encoder(nn.Module):
     """Images (B, 1, 28, 28) in [0, 1] -> mean and log-variance (B, latent_dim) of q(z|x)."""
 
     def __init__(self, latent_dim: int):
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.SiLU(),  # (B, 1, 28, 28) -> (B, 32, 14, 14)
-            nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.SiLU(),  # -> (B, 64, 7, 7)
-            nn.Conv2d(64, 32, 1), nn.SiLU(), nn.Flatten(),  # -> (B, 32 * 7 * 7)
+            nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # (B, 1, 28, 28) -> (B, 32, 14, 14)
+            nn.Conv2d(32, 64, 2, stride=2), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
+            nn.Conv2d(64, 32, 1), _gelu(),  # -> (B, 32, 7, 7)
         )
-        self.dense = nn.Sequential(nn.Linear(32 * 7 * 7, 512), nn.SiLU())
+        self.dense = nn.Sequential(nn.Flatten(), nn.Linear(32 * 7 * 7, 512), _gelu(), ResidualDense(512))  # -> (B, 512)
         self.head = nn.Linear(512, 2 * latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(self.dense(self.conv(x))).chunk(2, dim=1)  # (B, 2D) -> (B, D), (B, D)
+        return self.head(self.dense(self.conv(x))).chunk(2, dim=1)  # (B, 512) -> (B, 2D) -> (B, D), (B, D)
 
 
 class Decoder(nn.Module):
@@ -271,16 +286,18 @@ class Decoder(nn.Module):
 
     def __init__(self, latent_dim: int):
         super().__init__()
-        self.dense = nn.Sequential(nn.Linear(latent_dim, 512), nn.SiLU(), nn.Linear(512, 32 * 7 * 7), nn.SiLU())
+        self.dense = nn.Sequential(
+            nn.Linear(latent_dim, 512), _gelu(), ResidualDense(512),  # (B, D) -> (B, 512)
+            nn.Linear(512, 32 * 7 * 7), _gelu(), nn.Unflatten(1, (32, 7, 7)),  # -> (B, 32, 7, 7)
+        )
         self.conv = nn.Sequential(
-            nn.Unflatten(1, (32, 7, 7)),
-            nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),  # (B, 32, 7, 7) -> (B, 64, 7, 7)
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.SiLU(),  # -> (B, 32, 14, 14)
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # -> (B, 32, 14, 14)
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # -> (B, 1, 28, 28)
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.conv(self.dense(z))
+        return self.conv(self.dense(z).contiguous(memory_format=torch.channels_last))
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -382,8 +399,11 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def learning_rate_at(progress: float, learning_rate: float) -> float:
-    """The learning rate once the share `progress` of a run is done: half a cosine, down to zero."""
-    return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    """Adam's rate once the share `progress` of a run is done: it doubles over the first tenth, then falls to zero
+    along half a cosine (the shape of Smith & Topin's one-cycle schedule, 2017)."""
+    if progress < 0.1:
+        return learning_rate * (1 + progress / 0.1)
+    return learning_rate * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
 def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 20, batch_size: int = 64,
@@ -785,6 +805,106 @@ def _evaluating(model: nn.Module):
         yield
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def log_likelihood(model: VAE, images: Tensor, samples: int = 500, seed: int = 0) -> Tensor:
+    """log p(x) of every image in nats, (N,): importance sampling with q(z|x) as the proposal.
+
+    log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)], a bound that tightens as K = `samples` grows
+    (Burda et al., "Importance Weighted Autoencoders", 2015); with K = 1 it is the ELBO.
+    """
+    _check_images(images)
+    _check_integer("samples", samples, 1)
+    _check_seed(seed)
+    if not model.variational:
+        raise ValueError("a plain autoencoder has no likelihood: log_likelihood wants a VAE")
+    generator, batch_size = torch.Generator().manual_seed(seed), 500
+    total = torch.full((len(images),), -math.inf, dtype=torch.float64)
+    with _evaluating(model):
+        mu, logvar = posterior(model, images)
+        sigma = (0.5 * _bounded(logvar)).exp()
+        for _ in range(samples):
+            z = reparameterize(mu, logvar, generator)
+            # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
+            log_weight = (0.5 * (((z - mu) / sigma).square() - z.square()) + sigma.log()).sum(1).cpu().double()
+            for rows in torch.arange(len(images)).split(batch_size):
+                log_weight[rows] -= bce_per_image(model.decode(z[rows.to(z.device)]), images[rows].to(z.device)).cpu()
+            total = torch.logaddexp(total, log_weight)
+    return total - math.log(samples)
+
+
+def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
+    """Which latent dimensions are in use, (D,): those whose mean varies over the images (Burda et al., 2015)."""
+    return mu.var(0) > threshold
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """`steps` codes from start to end, both (D,), along the arc between them: -> (steps, D).
+
+    Spherical interpolation (Shoemake, 1985): a straight line would cut through the middle, where the prior
+    N(0, I) has next to no mass in many dimensions. Codes on one line through the origin are joined by it.
+    """
+    _check_integer("steps", steps, 2)
+    t = torch.linspace(0, 1, steps, device=start.device)[:, None]
+    angle = torch.acos(F.cosine_similarity(start, end, dim=0).clamp(-1, 1))
+    if torch.sin(angle) < 1e-4:
+        return (1 - t) * start + t * end
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+
+
+# --------------------------------------------------------------------------------------------------
+# Robustness and anomalies
+# --------------------------------------------------------------------------------------------------
+
+# What each corruption's level means, and the largest that makes sense; at level 0 nothing happens.
+CORRUPTIONS = {
+    "noise": 1.0,  # standard deviation of Gaussian noise, in grey values; the result is clipped to [0, 1]
+    "salt and pepper": 1.0,  # share of the pixels that turn black or white
+    "occlusion": 28.0,  # side, in pixels, of a black square within the 20x20 pixels where MNIST puts the digit
+    "blur": 5.0,  # standard deviation of a Gaussian, in pixels
+    "contrast": 1.0,  # share of the contrast that is lost
+    "rotation": 180.0,  # degrees, clockwise or anticlockwise
+}
+
+
+def corrupt(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
+    """Corrupted copies of images (N, 1, 28, 28) in [0, 1]; `seed` decides all that is random.
+
+    Raises ValueError for a kind that is not in CORRUPTIONS, or a level outside 0 to the number there.
+    """
+    _check_images(images)
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, CORRUPTIONS))}")
+    _check_number("level", level, 0, CORRUPTIONS[kind])
+    _check_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = images.cpu()
+    if kind == "noise":
+        x = x + level * torch.randn(x.shape, generator=generator)
+    elif kind == "salt and pepper":
+        hit, white = torch.rand(x.shape, generator=generator) < level, torch.rand(x.shape, generator=generator) < 0.5
+        x = torch.where(hit, white.float(), x)
+    elif kind == "occlusion":
+        side = round(level)
+        free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
+        corner = (28 - max(side, 20)) // 2 + torch.randint(free + 1, (2, len(x), 1), generator=generator)  # (2, N, 1)
+        rows, columns = ((torch.arange(28) >= c) & (torch.arange(28) < c + side) for c in corner)  # each (N, 28)
+        x = x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+    elif kind == "blur" and level > 0:
+        kernel = torch.exp(-0.5 * (torch.arange(-14.0, 15.0) / level).square())
+        kernel /= kernel.sum()
+        x = F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, 14)), kernel.view(1, 1, -1, 1), padding=(14, 0))
+    elif kind == "contrast":
+        x = (1 - level) * x
+    elif kind == "rotation":
+        sign = torch.randint(2, (len(x),), generator=generator) * 2 - 1
+        angle = sign * math.radians(level)
+        zero = torch.zeros(len(x))
+        theta = torch.stack([torch.stack([angle.cos(), -angle.sin(), zero], 1),
+                             torch.stack([angle.sin(), angle.cos(), zero], 1)], 1)  # (N, 2, 3)
+        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+    return x.clamp(0, 1).to(images.device)
 
 
 # --------------------------------------------------------------------------------------------------

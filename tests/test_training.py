@@ -58,9 +58,11 @@ def test_history_has_a_row_per_epoch(few):
     assert history[-1]["val_loss"] < history[0]["val_loss"]
 
 
-def test_the_learning_rate_ends_at_zero():
-    assert utils.learning_rate_at(0, 1e-3) == 1e-3
-    assert utils.learning_rate_at(1, 1e-3) == pytest.approx(0, abs=1e-12)
+def test_the_learning_rate_doubles_and_falls_to_zero():
+    rates = [utils.learning_rate_at(i / 1000, 1e-3) for i in range(1001)]
+    assert rates[0] == 1e-3 and max(rates) == pytest.approx(2e-3) and rates.index(max(rates)) == 100
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 2e-5, "the schedule has a jump"
 
 
 @pytest.mark.parametrize("variational", [True, False])

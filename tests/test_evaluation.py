@@ -1,0 +1,187 @@
+"""Likelihood, latent space, corruptions and figures, held against something computed another way."""
+
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import utils
+
+
+@pytest.fixture
+def images(digits):
+    return digits.test.images[:6]
+
+
+class Toy(utils.VAE):
+    """One latent dimension and logits that are linear in it: log p(x) is an integral that a fine grid gives exactly."""
+
+    def __init__(self):
+        super().__init__(latent_dim=1)
+        self.offset, self.slope = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).unsqueeze(1)
+
+    def encode(self, x):
+        return torch.full((len(x), 1), 0.3), torch.full((len(x), 1), -0.5)  # a proposal that is not the posterior
+
+    def decode(self, z):
+        return self.offset + 0.1 * self.slope * z[:, :, None, None]
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+# likelihood
+
+
+def exact_log_likelihood(model, images):
+    """log of the integral of p(x|z) N(z; 0, 1), by the trapezoidal rule over a fine grid of the one dimension."""
+    grid = torch.linspace(-8, 8, 4001)
+    logits = model.decode(grid[:, None])
+    prior = -0.5 * grid.square() - 0.5 * math.log(2 * math.pi)
+    step = math.log(16 / 4000)
+    return torch.stack([torch.logsumexp((prior - utils.bce_per_image(logits, x.expand(4001, 1, 28, 28))).double(), 0) + step
+                        for x in images])
+
+
+def test_log_likelihood_is_that_of_the_integral(toy, images):
+    exact = exact_log_likelihood(toy, images)
+    torch.testing.assert_close(utils.log_likelihood(toy, images, samples=3000), exact, atol=0.05, rtol=0)
+
+
+def test_log_likelihood_rises_with_samples_from_the_elbo_to_the_truth(toy, images):
+    elbo = -utils.evaluate(toy, images, passes=200).loss
+    exact = float(exact_log_likelihood(toy, images).mean())
+
+    def bound(samples):
+        return float(torch.stack([utils.log_likelihood(toy, images, samples, seed) for seed in range(200 // samples)]).mean())
+
+    one, ten, many = bound(1), bound(10), bound(200)
+    assert one == pytest.approx(elbo, abs=0.1)
+    assert one < ten < many < exact + 0.1
+    assert exact - elbo > 0.3, "the bound is not tight here, or the test shows nothing"
+
+
+def test_log_likelihood_of_a_decoder_that_ignores_z_is_exact(model, images, monkeypatch):
+    logits = torch.randn(1, 1, 28, 28)
+    monkeypatch.setattr(model, "decode", lambda z: logits.expand(len(z), 1, 28, 28))
+    monkeypatch.setattr(model, "encode", lambda x: (torch.zeros(len(x), 4), torch.zeros(len(x), 4)))  # q is the prior
+    expected = -utils.bce_per_image(logits.expand(6, 1, 28, 28), images)
+    torch.testing.assert_close(utils.log_likelihood(model, images, samples=5), expected.double(), atol=1e-3, rtol=0)
+
+
+def test_log_likelihood_repeats_and_does_not_depend_on_company(model, images):
+    all_six = utils.log_likelihood(model, images, samples=3, seed=1)
+    assert all_six.shape == (6,) and torch.equal(all_six, utils.log_likelihood(model, images, samples=3, seed=1))
+    assert not torch.equal(all_six, utils.log_likelihood(model, images, samples=3, seed=2))
+
+
+def test_an_autoencoder_has_no_likelihood(images):
+    with pytest.raises(ValueError, match="plain autoencoder has no likelihood"):
+        utils.log_likelihood(utils.VAE(2, variational=False), images)
+
+
+# latent space
+
+
+def test_active_units_are_those_whose_mean_varies():
+    mu = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.05, 0.2]) + 3
+    assert utils.active_units(mu).tolist() == [True, False, True]
+
+
+def test_interpolation_runs_along_the_arc():
+    start, end = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
+    path = utils.interpolate(start, end, 5)
+    torch.testing.assert_close(path[0], start), torch.testing.assert_close(path[-1], end)
+    torch.testing.assert_close(path.norm(dim=1), torch.full((5,), 3.0))
+    torch.testing.assert_close(path[2], torch.tensor([1.0, 1.0, 0.0]) * 3 / math.sqrt(2))
+    torch.testing.assert_close((path[1:] - path[:-1]).norm(dim=1), torch.full((4,), 6 * math.sin(math.pi / 16)))  # even steps
+
+
+def test_interpolation_where_there_is_no_arc():
+    for start, end in (([1.0], [3.0]), ([1.0], [-1.0]), ([0.0, 0.0], [1.0, 1.0]), ([2.0, 2.0], [2.0, 2.0])):
+        path = utils.interpolate(torch.tensor(start), torch.tensor(end), 3)
+        assert path.isfinite().all()
+        torch.testing.assert_close(path[0], torch.tensor(start)), torch.testing.assert_close(path[-1], torch.tensor(end))
+    with pytest.raises(ValueError, match="steps is 1"):
+        utils.interpolate(torch.ones(2), torch.ones(2), 1)
+
+
+# corruptions
+
+
+@pytest.mark.parametrize("kind", utils.CORRUPTIONS)
+def test_corruptions_are_seeded_bounded_and_graded(kind, digits):
+    images = digits.test.images[:50]
+    before = images.clone()
+    torch.testing.assert_close(utils.corrupt(images, kind, 0), images, atol=1e-5, rtol=0)
+    top = utils.CORRUPTIONS[kind]
+    errors = []
+    for share in (0.1, 0.3, 0.6):
+        level = round(share * top) if kind == "occlusion" else share * top / (2 if kind == "rotation" else 1)
+        x = utils.corrupt(images, kind, level, seed=1)
+        assert x.shape == images.shape and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+        assert torch.equal(x, utils.corrupt(images, kind, level, seed=1))
+        if kind in ("noise", "salt and pepper"):
+            assert not torch.equal(x, utils.corrupt(images, kind, level, seed=2))
+        errors.append((x - images).square().sum((1, 2, 3)).mean())
+    assert errors == sorted(errors) and errors[0] > 0
+    assert torch.equal(images, before), "the images themselves were changed"
+
+
+def test_corruptions_do_what_their_level_says():
+    grey, white = torch.full((200, 1, 28, 28), 0.5), torch.ones(200, 1, 28, 28)
+    assert utils.corrupt(grey, "noise", 0.1).std() == pytest.approx(0.1, rel=0.02)
+    assert (utils.corrupt(grey, "salt and pepper", 0.2) != 0.5).float().mean() == pytest.approx(0.2, rel=0.05)
+    assert utils.corrupt(white, "occlusion", 8).sum((1, 2, 3)).eq(784 - 64).all()
+    assert utils.corrupt(white, "occlusion", 28).sum() == 0
+    torch.testing.assert_close(utils.corrupt(white, "contrast", 0.3), 0.7 * white)
+    dot = torch.zeros(1, 1, 28, 28)
+    dot[0, 0, 14, 14] = 1
+    blurred = utils.corrupt(dot, "blur", 2.0)[0, 0]
+    offsets = torch.arange(28.0) - 14
+    assert blurred.sum() == pytest.approx(1, rel=1e-3)
+    assert float(blurred.sum(0) @ offsets.square()) == pytest.approx(4, rel=0.02)  # variance = level squared
+
+
+def test_rotation_by_a_right_angle_is_exact(images):
+    rotated = utils.corrupt(images, "rotation", 90)
+    for x, y in zip(images, rotated):
+        assert any(torch.allclose(y, torch.rot90(x, k, (1, 2)), atol=1e-4) for k in (1, 3))
+
+
+@pytest.mark.parametrize("kind, level, says", [
+    ("fog", 1, "kind is 'fog'"), ("noise", -0.1, "level is -0.1"), ("noise", 1.1, "level is 1.1"), ("occlusion", 29, "level is 29"),
+    ("blur", math.nan, "level is nan"), ("rotation", "90", "level is '90'")])
+def test_bad_corruptions_are_named(images, kind, level, says):
+    with pytest.raises(ValueError, match=says):
+        utils.corrupt(images, kind, level)
+    with pytest.raises(ValueError, match="images must lie in"):
+        utils.corrupt(images * 2, "noise", 0.1)
+
+
+# figures
+
+
+def test_digits_grid_draws_what_it_was_given(images):
+    figure = utils.digits_grid([images[:3], images[3:5] - images[:2]], ["a", "b"], ["0", "1", "2"], cmaps=["gray", "RdBu"])
+    axes = [ax for ax in figure.axes if ax.images]
+    assert len(axes) == 5
+    for ax, x in zip(axes, [*images[:3], *(images[3:5] - images[:2])]):
+        assert torch.equal(torch.as_tensor(ax.images[0].get_array().data), x[0])
+    assert axes[0].images[0].get_clim() == (0, 1) and axes[3].images[0].get_clim() == (-1, 1)
+    assert [ax.get_title() for ax in axes[:3]] == ["0", "1", "2"] and axes[0].get_ylabel() == "a"
+    plt.close(figure)
+    for rows in ([], [images[:0]], [images[0]]):
+        with pytest.raises(ValueError, match="at least one"):
+            utils.digits_grid(rows)
+
+
+def test_plot_history_draws_every_epoch(few):
+    history = utils.fit(utils.VAE(2), *few, epochs=2)
+    figure = utils.plot_history(history)
+    drawn = [line.get_ydata().tolist() for ax in figure.axes for line in ax.lines]
+    assert drawn == [[row[f"{part}_{key}"] for row in history] for key in ("loss", "bce", "kl") for part in ("train", "val")]
+    plt.close(figure)
