@@ -162,6 +162,96 @@ def test_bad_corruptions_are_named(images, kind, level, says):
         utils.corrupt(images * 2, "noise", 0.1)
 
 
+# anomalies
+
+
+@pytest.fixture(scope="module")
+def pair(digits):
+    """A VAE and an autoencoder that know the digits a little."""
+    models = []
+    for variational in (True, False):
+        torch.manual_seed(0)
+        models.append(utils.VAE(8, variational))
+        utils.fit(models[-1], digits.train.images[:640], digits.val.images[:50], epochs=10, batch_size=32)
+    return [model.eval() for model in models]
+
+
+def auroc(normal, anomalous):
+    """The probability that an anomalous image scores higher than a normal one."""
+    return float((anomalous[:, None] > normal).double().mean())
+
+
+def test_anomalies_score_higher(pair, digits):
+    normal, other = digits.test.images[:60], digits.test.images[60:120]
+    for model in pair:
+        score = utils.anomaly_score(model, normal)
+        assert score.shape == (60,) and torch.equal(score, utils.anomaly_score(model, normal))
+        for kind in ("noisy", "shuffled", "inverted", "black"):
+            assert auroc(score, utils.anomaly_score(model, utils.make_anomalies(other, kind))) > 0.85, kind
+
+
+def test_scores_are_those_of_the_definition(pair, digits):
+    images, (model, _) = digits.test.images[:4], pair
+    x, p = images.double(), model.reconstruct(images).double()
+    entropy = -torch.special.xlogy(x, x).sum((1, 2, 3)) - torch.special.xlogy(1 - x, 1 - x).sum((1, 2, 3))
+    bce = -(x * p.log() + (1 - x) * (1 - p).log()).sum((1, 2, 3))
+    ink = torch.stack([torch.stack([(x - p)[:, 0, i : i + 7, j : j + 7].sum((1, 2)) for i in range(22) for j in range(22)])]
+                      ).abs().amax((0, 1))
+    expected = {"bce": bce, "bce - entropy": bce - entropy, "ink": ink, "misfit": ((bce - entropy) * ink).sqrt()}
+    for name, value in expected.items():
+        torch.testing.assert_close(utils.anomaly_score(model, images, name), value, rtol=1e-3, atol=1e-3)
+    elbo = utils.loss_per_image(model, images, passes=10).loss
+    torch.testing.assert_close(utils.anomaly_score(model, images, "elbo - entropy"), elbo - entropy, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(utils.anomaly_score(model, images, "likelihood"), -utils.log_likelihood(model, images, 50))
+
+
+def test_anomalies_are_what_they_are_called(images):
+    assert torch.equal(utils.make_anomalies(images, "mirrored")[..., 0], images[..., 27])
+    assert torch.equal(utils.make_anomalies(utils.make_anomalies(images, "rotated"), "rotated"), images.flip(2, 3))
+    assert torch.equal(utils.make_anomalies(images, "inverted"), 1 - images)
+    assert utils.make_anomalies(images, "black").eq(0).all()
+    shuffled = utils.make_anomalies(images, "shuffled")
+    assert torch.equal(shuffled.flatten(1).sort().values, images.flatten(1).sort().values) and not torch.equal(shuffled, images)
+    for kind in utils.ANOMALIES:
+        assert utils.make_anomalies(images, kind).shape == images.shape
+    with pytest.raises(ValueError, match="kind is 'alien'"):
+        utils.make_anomalies(images, "alien")
+
+
+def test_an_autoencoder_is_not_asked_for_a_likelihood(pair, images):
+    for score in ("elbo", "elbo - entropy", "likelihood", "likelihood - entropy"):
+        with pytest.raises(ValueError, match="plain autoencoder has no likelihood"):
+            utils.anomaly_score(pair[1], images, score)
+    with pytest.raises(ValueError, match="score is 'feeling'"):
+        utils.anomaly_score(pair[0], images, "feeling")
+    with pytest.raises(ValueError, match="images must lie in"):
+        utils.anomaly_score(pair[0], images - 0.5)
+
+
+def test_posterior_mode_is_more_probable_than_the_encoders_guess(pair, images):
+    model, _ = pair
+
+    def energy(z):
+        return utils.bce_per_image(model.decode(z), images) + 0.5 * z.square().sum(1)
+
+    with torch.no_grad():
+        guess, mode = utils.posterior(model, images)[0], utils.posterior_mode(model, images)
+        assert (energy(mode) < energy(guess)).all()
+    assert not mode.requires_grad and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_posterior_mode_of_a_toy_is_where_the_gradient_vanishes(toy, images):
+    mode = utils.posterior_mode(toy, images, steps=300)
+    grid = torch.linspace(-4, 4, 8001)
+    energy = torch.stack([utils.bce_per_image(toy.decode(grid[:, None]), x.expand(8001, 1, 28, 28)) for x in images])
+    torch.testing.assert_close(mode[:, 0], grid[(energy + 0.5 * grid.square()).argmin(1)], atol=0.01, rtol=0)
+
+
+def test_squared_error_sums_over_pixels(images):
+    assert utils.squared_error(images, images) == 0
+    assert utils.squared_error(torch.zeros(2, 1, 28, 28), torch.full((2, 1, 28, 28), 0.5)) == pytest.approx(784 / 4)
+
+
 # figures
 
 

@@ -59,7 +59,7 @@ def test_the_training_notebook_end_to_end_without_network(tmp_path):
     assert "widgets" not in notebook.metadata
 
     notebook, terminal = run(TRAINING, tmp_path / "again.ipynb", **options)
-    assert "holds this very run, finished" in terminal and "epoch  2/2" not in terminal
+    assert "holds this run, finished" in terminal
 
     notebook, terminal = run(TRAINING, tmp_path / "ae.ipynb", **{**options, "AUTOENCODER": True, "LEAVE_OUT": 4, "EPOCHS": 1})
     assert "ae_digits_without4_best.pt" in os.listdir(tmp_path / "models") and "a plain autoencoder has no KL" in terminal
