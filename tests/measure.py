@@ -66,7 +66,8 @@ def measure_model(model, test, seed):
     for score in scores_of(model):
         clean = utils.anomaly_score(model, normal, score, seed)
         for kind in utils.ANOMALIES:
-            found[f"auroc {score} {kind}"] = auroc(clean, utils.anomaly_score(model, utils.make_anomalies(other, kind, seed), score, seed))
+            anomalous = utils.anomaly_score(model, utils.make_anomalies(other, kind, seed), score, seed)
+            found[f"auroc {score} {kind}"] = auroc(clean, anomalous)
     return found
 
 

@@ -153,7 +153,7 @@ def test_rotation_by_a_right_angle_is_exact(images):
 
 
 @pytest.mark.parametrize("kind, level, says", [
-    ("fog", 1, "kind is 'fog'"), ("noise", -0.1, "level is -0.1"), ("noise", 1.1, "level is 1.1"), ("occlusion", 29, "level is 29"),
+    ("fog", 1, "kind is 'fog'"), ("noise", -0.1, "level is -0.1"), ("noise", 1.1, "level is 1.1"), ("occlusion", 29, "is 29"),
     ("blur", math.nan, "level is nan"), ("rotation", "90", "level is '90'")])
 def test_bad_corruptions_are_named(images, kind, level, says):
     with pytest.raises(ValueError, match=says):

@@ -10,20 +10,18 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+import utils
+
 TRAINING, ANALYSIS = "vae_mnist_training.ipynb", "vae_mnist_analysis_visualizations.ipynb"
 
 
-def run(notebook, out, **parameters):
+def run(notebook, out, fails=False, **parameters):
     """papermill, as the README has it; returns the finished notebook and what was seen in the terminal."""
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     done = subprocess.run([sys.executable, "-m", "papermill", "--log-output", notebook, str(out), *options], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+                          capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "MPLBACKEND"})
+    assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
     return nbformat.read(out, 4), done.stdout + done.stderr
-
-
-def printed(notebook):
-    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
 def committed_files():
@@ -64,3 +62,40 @@ def test_the_training_notebook_end_to_end_without_network(tmp_path):
     notebook, terminal = run(TRAINING, tmp_path / "ae.ipynb", **{**options, "AUTOENCODER": True, "LEAVE_OUT": 4, "EPOCHS": 1})
     assert "ae_digits_without4_best.pt" in os.listdir(tmp_path / "models") and "a plain autoencoder has no KL" in terminal
     assert committed_files() == before
+
+
+def quick_model(path, digits, latent_dim, data="digits", **options):
+    utils.fit(utils.VAE(latent_dim, **options), digits.train.images, digits.val.images, epochs=1, checkpoint=path,
+              facts={"data": data})
+
+
+def test_the_analysis_notebook_end_to_end_without_network(tmp_path, digits):
+    """On two latent dimensions and a few images; with an autoencoder beside it."""
+    before = committed_files()
+    quick_model(tmp_path / "vae_digits_best.pt", digits, 2)
+    quick_model(tmp_path / "ae_digits_best.pt", digits, 2, variational=False)
+    options = {"SOURCE": "digits", "MODEL_DIR": tmp_path, "LIKELIHOOD_IMAGES": 8, "LIKELIHOOD_SAMPLES": 4, "ANOMALY_IMAGES": 16}
+    notebook, terminal = run(ANALYSIS, tmp_path / "out.ipynb", IMAGE_DIR=tmp_path / "images", **options)
+    assert "vae_digits_best.pt: your own" in terminal
+    pictures = sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+    assert pictures >= 14 and len(list((tmp_path / "images").glob("*.png"))) >= 14
+    assert (tmp_path / "images/latent_walk.gif").stat().st_size < 1e6
+    assert "widgets" not in notebook.metadata
+    assert committed_files() == before
+
+
+def test_the_analysis_notebook_adapts_to_one_dimension_and_no_autoencoder(tmp_path, digits):
+    before = committed_files()
+    quick_model(tmp_path / "vae_digits_best.pt", digits, 1)
+    options = {"SOURCE": "digits", "MODEL_DIR": tmp_path, "LIKELIHOOD_IMAGES": 8, "LIKELIHOOD_SAMPLES": 1, "ANOMALY_IMAGES": 4}
+    _, terminal = run(ANALYSIS, tmp_path / "out.ipynb", **options)  # IMAGE_DIR as it stands
+    assert "There is no plain autoencoder" in terminal and "figures are shown here alone" in terminal
+    assert committed_files() == before
+
+
+def test_the_analysis_notebook_names_what_is_missing_or_foreign(tmp_path, digits):
+    _, terminal = run(ANALYSIS, tmp_path / "out.ipynb", fails=True, SOURCE="digits", MODEL_DIR=tmp_path)
+    assert "there is no vae_digits_best.pt or _reference.pt" in terminal
+    quick_model(tmp_path / "vae_digits_best.pt", digits, 2, data="mnist")
+    _, terminal = run(ANALYSIS, tmp_path / "out.ipynb", fails=True, SOURCE="digits", MODEL_DIR=tmp_path)
+    assert "was trained on mnist, but digits is loaded" in terminal
