@@ -343,19 +343,32 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images -> the decoded mean of their posteriors, images again: no sampling."""
-        return self.decode(self.encode(x)[0]).sigmoid()
+        """Images -> the decoded mean of their posteriors, images again: no sampling, and as in eval mode."""
+        with _evaluating(self):
+            return self.decode(self.encode(x)[0]).sigmoid()
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n images (n, 1, 28, 28) decoded from z ~ N(0, I), the prior (which a plain autoencoder was never taught)."""
         _check_integer("n", n, 1)
         z = torch.randn(n, self.latent_dim, generator=generator, device=generator.device if generator else "cpu")
-        return self.decode(z.to(_device(self))).sigmoid()
+        with _evaluating(self):
+            return self.decode(z.to(_device(self))).sigmoid()
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    """Eval mode for a while: batch normalisation neither looks at the batch nor learns from it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,7 +422,7 @@ def learning_rate_at(progress: float, learning_rate: float) -> float:
 def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 20, batch_size: int = 64,
         learning_rate: float = 1e-3, beta: float = 1.0, checkpoint: str | Path | None = None, resume: bool = True,
         seed: int = 0, facts: dict | None = None) -> list[dict]:
-    """Train with Adam; return the history, a row per epoch; leave the last epoch's weights in the model.
+    """Train with Adam; return the history, a row per epoch; leave the last epoch's weights in the model, in eval mode.
 
     A row holds epoch, train_loss, train_bce, train_kl, val_loss, val_bce, val_kl (nats per image),
     learning_rate (at the epoch's start) and seconds. The training figures are averages over an epoch in
@@ -443,8 +456,7 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
             print(format_row(row, epochs))
         if len(history) == epochs:
             print(f"{checkpoint} holds this run, finished: it is not trained again (resume=False would)")
-            return history
-        if history:
+        elif history:
             print(f"going on after epoch {len(history)} from {keeper.state_path}")
         with _progress_bar(epochs * math.ceil(len(train_images) / batch_size)) as bar:
             for epoch in range(len(history) + 1, epochs + 1):
@@ -460,6 +472,7 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                     "seconds": time.perf_counter() - started})
                 keeper.keep(model, optimizer)
                 bar.write(format_row(history[-1], epochs))
+    model.eval()
     return history
 
 
@@ -766,8 +779,8 @@ def _digest(images: Tensor) -> str:
 @torch.no_grad()
 def posterior(model: VAE, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor | None]:
     """mu and logvar (N, D) of q(z|x) for all images, on the model's device; logvar is None for a plain autoencoder."""
-    parts = [model.encode(x.to(_device(model))) for x in images.split(batch_size)]
-    mu, logvar = zip(*parts)
+    with _evaluating(model):
+        mu, logvar = zip(*[model.encode(x.to(_device(model))) for x in images.split(batch_size)])
     return torch.cat(mu), torch.cat(logvar) if model.variational else None
 
 
@@ -797,16 +810,6 @@ def evaluate(model: VAE, images: Tensor, passes: int = 10, seed: int = 0, beta: 
     """
     _, bce, kl = loss_per_image(model, images, passes, seed)
     return Loss(float(bce.mean() + beta * kl.mean()), float(bce.mean()), float(kl.mean()))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

@@ -104,6 +104,14 @@ def test_forward_samples_and_reconstruct_does_not(digits):
     torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)[0]).sigmoid())
 
 
+def test_looking_at_pictures_does_not_change_the_model(digits):
+    """Batch normalisation in training mode would learn from whatever it is shown."""
+    model = utils.VAE(4).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.reconstruct(digits.test.images[:3]), model.sample(3), utils.posterior(model, digits.test.images[:3])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()) and model.training
+
+
 def test_autoencoder_is_the_same_network_without_sampling_and_kl(digits):
     torch.manual_seed(0)
     vae = utils.VAE(4).eval()
