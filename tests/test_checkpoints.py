@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import threading
 import zipfile
 
 import pytest
@@ -63,6 +64,23 @@ def test_loading_leaves_the_random_state_alone(path):
 
 def test_torch_itself_can_read_the_file(path):
     assert torch.load(path, weights_only=True)["facts"]["data"] == "digits"
+
+
+def test_a_reader_never_sees_a_half_written_file(tmp_path, model):
+    path, sizes, done = tmp_path / "vae.pt", set(), threading.Event()
+    utils.save_checkpoint(path, model)
+
+    def watch():
+        while not done.is_set():
+            sizes.add(os.path.getsize(path))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(20):
+        utils.save_checkpoint(path, model)
+    done.set()
+    watcher.join()
+    assert sizes == {path.stat().st_size}
 
 
 @pytest.mark.parametrize("fact", [torch.ones(1), object(), {"a": {1, 2}}, {1: "a"}, [lambda: 0]])

@@ -71,7 +71,7 @@ def test_the_network_overfits_64_images(digits, variational):
     torch.manual_seed(0)
     model = utils.VAE(16, variational)
     before = utils.evaluate(model, images)
-    utils.fit(model, images, images, epochs=150, batch_size=64, beta=0.1)
+    utils.fit(model, images, images, epochs=90, batch_size=64, beta=0.1)
     after = utils.evaluate(model, images)
     floor = utils.bce_per_image(images.logit(1e-6), images).mean()  # the entropy of the grey values
     assert after.bce - floor < 0.2 * (before.bce - floor)
@@ -246,7 +246,7 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(few, best, monkeypatch,
     assert files(best.parent) == KEPT and utils.load_checkpoint(best).facts["epoch"] == 2
 
 
-EPOCHS = 60
+EPOCHS = 45
 
 
 def train_in_child(images, best, epochs=EPOCHS):
@@ -263,10 +263,10 @@ def test_killed_at_any_moment_and_resumed(few, best, tmp_path):
     while not (best.exists() and len(finished := utils.load_checkpoint(best).facts["history"]) == EPOCHS):
         child = context.Process(target=train_in_child, args=(images, best))
         child.start()
-        deadline = time.monotonic() + rng.uniform(0.02, 0.9)
+        deadline = time.monotonic() + rng.uniform(0.02, 0.7)
         wait_for_save = kills % 3 == 0
         while child.is_alive() and time.monotonic() < deadline + 5 * wait_for_save:
-            if kills >= 40:
+            if kills >= 26:
                 child.join(60)
             elif wait_for_save and list(best.parent.glob(".*.part")):
                 during_save += 1
