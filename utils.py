@@ -1018,7 +1018,7 @@ def digits_grid(rows: list[Tensor], row_labels: list[str] | None = None, column_
             if j >= len(row):
                 ax.axis("off")
                 continue
-            ax.imshow(row[j, 0].cpu(), cmap=cmap, vmin=0 if cmap == "gray" else -1, vmax=1)
+            ax.imshow(row[j, 0].cpu(), cmap=cmap, vmin=0 if cmap == "gray" else -1, vmax=1, interpolation="nearest")
             if i == 0 and column_labels:
                 ax.set_title(column_labels[j], fontsize=9)
         if row_labels:
