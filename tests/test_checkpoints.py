@@ -169,7 +169,7 @@ def test_mutations_that_carry_a_right_digest_are_harmless_too(path, model):
     """Somebody who knows the format can seal anything: it loads to these weights, or it is refused, nothing else."""
     content, rng = path.read_bytes()[: -len(utils.TAG) - 32], random.Random(1)
     start = content.index(b"data.pkl")
-    for _ in range(250):
+    for _ in range(200):
         mutated = bytearray(content)
         for _ in range(rng.choice((1, 3))):  # the pickle and the zip's directory, where structure is
             at = rng.choice((rng.randrange(start, start + 6000), rng.randrange(len(content) - 3000, len(content))))

@@ -132,15 +132,16 @@ def test_two_epochs_on_real_mnist(mnist):
 
 
 def test_the_best_checkpoint_is_the_minimum_of_validation(few, best, monkeypatch):
-    """A run that gets worse: from the third epoch on the learning rate wrecks the weights."""
+    """A run that gets worse: from its middle on the learning rate wrecks the weights."""
     calm = utils.learning_rate_at
-    monkeypatch.setattr(utils, "learning_rate_at", lambda progress, rate: calm(progress, rate) if progress < 0.5 else 0.02)
-    _, history = train(few, best, epochs=4)
+    monkeypatch.setattr(utils, "learning_rate_at", lambda progress, rate: calm(progress, rate) if progress < 0.5 else 0.1)
+    _, history = train(few, best, epochs=6, batch_size=8)
     losses = [row["val_loss"] for row in history]
-    assert losses.index(min(losses)) == 1, "the run did not get worse after its second epoch"
+    lowest = losses.index(min(losses))
+    assert lowest < 5, "the run did not get worse"
     loaded = utils.load_checkpoint(best)
-    assert loaded.facts["epoch"] == 2 and loaded.facts["val_loss"] == losses[1]
-    assert utils.evaluate(loaded, few[1], passes=1).loss == pytest.approx(losses[1], rel=1e-6)
+    assert loaded.facts["epoch"] == lowest + 1 and loaded.facts["val_loss"] == losses[lowest]
+    assert utils.evaluate(loaded, few[1], passes=1).loss == pytest.approx(losses[lowest], rel=1e-6)
     assert without_seconds(loaded.facts["history"]) == without_seconds(history)
     assert files(best.parent) == KEPT
 
