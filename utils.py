@@ -139,7 +139,8 @@ def _check_mnist_file(path: Path) -> bool:
         return False
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a file ({error.strerror}): put MNIST's file there") from None
-    if hashlib.md5(content).hexdigest() == md5:
+    digest = hashlib.md5(content).hexdigest()
+    if digest == md5:
         return True
     known = {md5: name for name, (_, md5) in MNIST_FILES.items()}
     if content[:2] == b"\x1f\x8b":
@@ -148,7 +149,7 @@ def _check_mnist_file(path: Path) -> bool:
         what = f"has {len(content):,} bytes instead of {size:,}"
     else:
         what = "has the right size but not the right content"
-    if (other := known.get(hashlib.md5(content).hexdigest())) is not None:
+    if (other := known.get(digest)) is not None:
         what = f"is really {other}"
     raise ValueError(f"{path} {what}: it is damaged or foreign; delete it, and it is downloaded again")
 
@@ -760,7 +761,7 @@ def _only_run(path: Path):
             except BlockingIOError:
                 raise CheckpointError(f"another run is training into {path}: wait for it, or train under another name") from None
         try:
-            for part in path.parent.glob(f".{path.stem}*.part"):
+            for part in path.parent.glob(f".{path.stem}.*.part"):
                 part.unlink(missing_ok=True)
             yield
         finally:
