@@ -45,9 +45,9 @@ class DenseVAE(nn.Module):
 class Training:
     """One network, one pipeline, one clock that runs only while training does."""
 
-    def __init__(self, name, model, batches, epochs, schedule, fused):
-        self.name, self.model, self.batches, self.epochs, self.schedule = name, model.to(DEVICE), batches, epochs, schedule
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    def __init__(self, name, model, batches, epochs, ours):
+        self.name, self.model, self.batches, self.epochs, self.schedule = name, model.to(DEVICE), batches, epochs, ours
+        self.optimizer = utils._adam(model, 1e-3) if ours else torch.optim.Adam(model.parameters(), lr=1e-3)
         self.seconds, self.steps, self.curve = [], 0, []
 
     def epoch(self, val_images):
@@ -114,8 +114,7 @@ def scaling(images):
         started = time.perf_counter()
         bar = utils.tqdm(disable=True)
         model = utils.VAE().to(DEVICE)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-        utils._train_epoch(model, optimizer, images[:n], 1, 20, BATCH, 1e-3, 1.0, 0, bar)
+        utils._train_epoch(model, utils._adam(model, 1e-3), images[:n], 1, 20, BATCH, 1e-3, 1.0, 0, bar)
         print(f"one epoch on {n:6,} images: {time.perf_counter() - started:5.1f} s")
 
 
@@ -147,14 +146,12 @@ def main():
     def through_tensor():
         return (images[rows] for rows in torch.randperm(TRAIN).to(DEVICE).split(BATCH))
 
-    fused = DEVICE.type in ("cpu", "cuda")
-    ours = utils.VAE()
     trainings = [
-        Training("(c) ours, our pipeline", utils.VAE(), through_tensor, epochs, True, fused),
-        Training("(a) dense, usual pipeline", DenseVAE(), through_loader, epochs, False, None),
-        Training("(b) ours, usual pipeline", utils.VAE(), through_loader, epochs, True, None),
+        Training("(c) ours, our pipeline", utils.VAE(), through_tensor, epochs, ours=True),
+        Training("(a) dense, usual pipeline", DenseVAE(), through_loader, epochs, ours=False),
+        Training("(b) ours, usual pipeline", utils.VAE(), through_loader, epochs, ours=True),
     ]
-    rate, work = matmul_rate(), flops_per_image(ours)
+    rate, work = matmul_rate(), flops_per_image(utils.VAE().to(DEVICE))
     for epoch in range(epochs):
         for training in trainings[: 2 if args.full else 3]:
             training.epoch(val_images)

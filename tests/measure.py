@@ -56,11 +56,14 @@ def measure_model(model, test, seed):
         found["nll_grey"] = -float(utils.log_likelihood(model, some, 500, seed).mean())
         found["nll_binarised"] = -float(utils.log_likelihood(model, binarised, 500, seed).mean())
         found["active_units"] = int(utils.active_units(utils.posterior(model, test)[0]).sum())
-    found["error clean"] = utils.squared_error(model.reconstruct(some.to(DEVICE)), some)
-    for kind, levels in LEVELS.items():
+    some = test[:500]
+    for kind, levels in {"clean": (0,), **LEVELS}.items():
         for level in levels:
-            x = utils.corrupt(some, kind, level, seed)
-            found[f"error {kind} {level}"] = utils.squared_error(model.reconstruct(x.to(DEVICE)), some)
+            x = (some if kind == "clean" else utils.corrupt(some, kind, level, seed)).to(DEVICE)
+            with torch.no_grad():
+                refined = model.decode(utils.posterior_mode(model, x)).sigmoid()
+            found[f"error {kind} {level}"] = utils.squared_error(model.reconstruct(x), some)
+            found[f"refined {kind} {level}"] = utils.squared_error(refined, some)
             found[f"nothing {kind} {level}"] = utils.squared_error(x, some)
     normal, other = test[1000:2000], test[2000:3000]
     for score in scores_of(model):

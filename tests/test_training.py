@@ -65,6 +65,23 @@ def test_the_learning_rate_doubles_and_falls_to_zero():
     assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 2e-5, "the schedule has a jump"
 
 
+def test_only_the_dense_layers_matrices_decay(few, monkeypatch):
+    """With no gradient at all, what still moves is what decays: by 1 - rate * decay at every step."""
+    def nothing(logits, x, mu, logvar, beta):
+        zero = 0 * (logits.sum() + mu.sum() + logvar.sum())
+        return utils.Loss(zero, zero.detach(), zero.detach())
+
+    monkeypatch.setattr(utils, "vae_loss", nothing)
+    model = utils.VAE(4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    utils.fit(model, *few, epochs=2, batch_size=48)
+    left = math.prod(1 - utils.learning_rate_at(i / 4, 1e-3) * utils.WEIGHT_DECAY for i in range(4))
+    dense = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert dense and left < 1
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (left if name in dense else 1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("variational", [True, False])
 def test_the_network_overfits_64_images(digits, variational):
     images = digits.train.images[:64]
