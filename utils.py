@@ -250,15 +250,11 @@ def _check_seed(seed: int) -> None:
 MAX_LATENT_DIM = 1024
 
 
-class ResidualDense(nn.Module):
-    """h + GELU(W h + b): a layer that starts near the identity, (B, width) -> (B, width)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
+class Residual(nn.Sequential):
+    """h + f(h), f being the layers in turn; the shape stays."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + F.gelu(self.linear(h), approximate="tanh")
+        return h + super().forward(h)
 
 
 def _gelu() -> nn.Module:
@@ -273,13 +269,17 @@ class Encoder(nn.Module):
         self.conv = nn.Sequential(
             nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # (B, 1, 28, 28) -> (B, 32, 14, 14)
             nn.Conv2d(32, 64, 2, stride=2), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
-            nn.Conv2d(64, 32, 1), _gelu(),  # -> (B, 32, 7, 7)
+            Residual(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu()),  # -> (B, 64, 7, 7)
+            nn.Conv2d(64, 16, 1), _gelu(),  # -> (B, 16, 7, 7)
         )
-        self.dense = nn.Sequential(nn.Flatten(), nn.Linear(32 * 7 * 7, 512), _gelu(), ResidualDense(512))  # -> (B, 512)
-        self.head = nn.Linear(512, 2 * latent_dim)
+        self.dense = nn.Sequential(
+            nn.Flatten(), nn.Linear(16 * 7 * 7, 512), _gelu(),  # -> (B, 512)
+            Residual(nn.Linear(512, 512), _gelu()),  # -> (B, 512)
+            nn.Linear(512, 2 * latent_dim),  # -> (B, 2D)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(self.dense(self.conv(x))).chunk(2, dim=1)  # (B, 512) -> (B, 2D) -> (B, D), (B, D)
+        return self.dense(self.conv(x)).chunk(2, dim=1)  # (B, 2D) -> (B, D), (B, D)
 
 
 class Decoder(nn.Module):
@@ -288,11 +288,13 @@ class Decoder(nn.Module):
     def __init__(self, latent_dim: int):
         super().__init__()
         self.dense = nn.Sequential(
-            nn.Linear(latent_dim, 512), _gelu(), ResidualDense(512),  # (B, D) -> (B, 512)
-            nn.Linear(512, 32 * 7 * 7), _gelu(), nn.Unflatten(1, (32, 7, 7)),  # -> (B, 32, 7, 7)
+            nn.Linear(latent_dim, 512), _gelu(),  # (B, D) -> (B, 512)
+            Residual(nn.Linear(512, 512), _gelu()),  # -> (B, 512)
+            nn.Linear(512, 16 * 7 * 7), _gelu(), nn.Unflatten(1, (16, 7, 7)),  # -> (B, 16, 7, 7)
         )
         self.conv = nn.Sequential(
-            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
+            nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
+            Residual(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu()),  # -> (B, 64, 7, 7)
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # -> (B, 32, 14, 14)
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # -> (B, 1, 28, 28)
         )
