@@ -56,7 +56,7 @@ def measure_model(model, test, seed):
         found["nll_grey"] = -float(utils.log_likelihood(model, some, 500, seed).mean())
         found["nll_binarised"] = -float(utils.log_likelihood(model, binarised, 500, seed).mean())
         found["active_units"] = int(utils.active_units(utils.posterior(model, test)[0]).sum())
-    some = test[:500]
+    some = test[:250]  # the search for better codes is slow
     for kind, levels in {"clean": (0,), **LEVELS}.items():
         for level in levels:
             x = (some if kind == "clean" else utils.corrupt(some, kind, level, seed)).to(DEVICE)
