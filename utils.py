@@ -888,6 +888,11 @@ CORRUPTIONS = {
 }
 
 
+# The levels, from mild to severe, at which robustness is measured and drawn.
+SEVERITIES = {"noise": (0.1, 0.2, 0.3, 0.5), "salt and pepper": (0.02, 0.05, 0.1, 0.2), "occlusion": (4, 8, 12, 16),
+              "blur": (0.5, 1.0, 1.5, 2.0), "contrast": (0.2, 0.4, 0.6, 0.8), "rotation": (10, 20, 30, 45)}
+
+
 def corrupt(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
     """Corrupted copies of images (N, 1, 28, 28) in [0, 1]; `seed` decides all that is random.
 

@@ -24,8 +24,6 @@ RUNS = Path("models_mnist/runs")
 REFERENCE = Path("models_mnist/reference.json")
 DEVICE = utils.pick_device()
 SEEDS = (0, 1, 2)
-LEVELS = {"noise": (0.1, 0.2, 0.3, 0.5), "salt and pepper": (0.02, 0.05, 0.1, 0.2), "occlusion": (4, 8, 12, 16),
-          "blur": (0.5, 1.0, 1.5, 2.0), "contrast": (0.2, 0.4, 0.6, 0.8), "rotation": (10, 20, 30, 45)}
 
 
 def train(data, kind, seed, folder, **options):
@@ -42,12 +40,13 @@ def auroc(normal, anomalous):
     return float(roc_auc_score([0] * len(normal) + [1] * len(anomalous), torch.cat([normal, anomalous])))
 
 
-def scores_of(model):
-    """All but the slow likelihood; a plain autoencoder has no ELBO either."""
-    return [s for s in utils.SCORES if not s.startswith(("likelihood",) if model.variational else ("likelihood", "elbo"))]
+def scores_of(model, slow=()):
+    """All scores that the model can give, the likelihood's only if `slow` names them."""
+    without = ("likelihood",) if model.variational else ("likelihood", "elbo")
+    return [score for score in utils.SCORES if score in slow or not score.startswith(without)]
 
 
-def measure_model(model, test, seed):
+def measure_model(model, test, val, seed):
     """Everything about one model, as a flat dict of numbers."""
     found = dict(zip(("test_loss", "test_bce", "test_kl"), utils.evaluate(model, test, seed=seed)))
     some = test[:1000]
@@ -57,7 +56,7 @@ def measure_model(model, test, seed):
         found["nll_binarised"] = -float(utils.log_likelihood(model, binarised, 500, seed).mean())
         found["active_units"] = int(utils.active_units(utils.posterior(model, test)[0]).sum())
     some = test[:250]  # the search for better codes is slow
-    for kind, levels in {"clean": (0,), **LEVELS}.items():
+    for kind, levels in {"clean": (0,), **utils.SEVERITIES}.items():
         for level in levels:
             x = (some if kind == "clean" else utils.corrupt(some, kind, level, seed)).to(DEVICE)
             with torch.no_grad():
@@ -66,11 +65,14 @@ def measure_model(model, test, seed):
             found[f"refined {kind} {level}"] = utils.squared_error(refined, some)
             found[f"nothing {kind} {level}"] = utils.squared_error(x, some)
     normal, other = test[1000:2000], test[2000:3000]
-    for score in scores_of(model):
+    for score in scores_of(model, slow=("likelihood - entropy",) if model.variational else ()):
         clean = utils.anomaly_score(model, normal, score, seed)
+        usual = utils.anomaly_score(model, val[:1000], score, seed).mean() if score == "elbo" else None
         for kind in utils.ANOMALIES:
             anomalous = utils.anomaly_score(model, utils.make_anomalies(other, kind, seed), score, seed)
             found[f"auroc {score} {kind}"] = auroc(clean, anomalous)
+            if usual is not None:  # typicality: a likelihood that is too good is an anomaly, too
+                found[f"auroc typicality {kind}"] = auroc((clean - usual).abs(), (anomalous - usual).abs())
     return found
 
 
@@ -90,7 +92,7 @@ def measure_test(data, kinds, seeds):
     for kind in kinds:
         rows = []
         for seed in seeds:
-            rows.append(measure_model(train(data, kind, seed, f"seed{seed}"), data.test.images, seed))
+            rows.append(measure_model(train(data, kind, seed, f"seed{seed}"), data.test.images, data.val.images, seed))
             print(kind, seed, json.dumps(rows[-1]), flush=True)
         keep(**{f"{kind}_{data.name}": {"seeds": seeds, "command": "python tests/measure.py test", **over_seeds(rows)}})
 

@@ -131,6 +131,12 @@ def test_corruptions_are_seeded_bounded_and_graded(kind, digits):
     assert torch.equal(images, before), "the images themselves were changed"
 
 
+def test_severities_run_from_mild_to_severe_within_their_range():
+    assert utils.SEVERITIES.keys() == utils.CORRUPTIONS.keys()
+    for kind, levels in utils.SEVERITIES.items():
+        assert list(levels) == sorted(set(levels)) and 0 < levels[0] and levels[-1] <= utils.CORRUPTIONS[kind]
+
+
 def test_corruptions_do_what_their_level_says():
     grey, white = torch.full((200, 1, 28, 28), 0.5), torch.ones(200, 1, 28, 28)
     assert utils.corrupt(grey, "noise", 0.1).std() == pytest.approx(0.1, rel=0.02)

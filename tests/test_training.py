@@ -129,6 +129,19 @@ def test_same_seed_same_weights_bit_for_bit(few):
     assert not same_weights(a, c)
 
 
+def test_every_epoch_of_every_seed_has_noise_and_an_order_of_its_own(few, monkeypatch):
+    seen, forward = [], utils.VAE.forward
+
+    def watched(self, x, generator=None):
+        seen.append((generator.initial_seed(), x[0].sum().item()))
+        return forward(self, x, generator)
+
+    monkeypatch.setattr(utils.VAE, "forward", watched)
+    for seed in (0, 1):
+        train(few, batch_size=96, seed=seed)
+    assert len(set(noise for noise, _ in seen)) == len(set(first for _, first in seen)) == len(seen) == 6
+
+
 def test_training_leaves_the_global_random_state_alone(few):
     model = utils.VAE(4)
     torch.manual_seed(5)
