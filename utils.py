@@ -482,13 +482,12 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
 WEIGHT_DECAY = 0.1  # of the dense layers, which know training images by heart sooner than convolutions do
 
 
-def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam, with decoupled weight decay (Loshchilov & Hutter, 2019) of the dense layers' matrices."""
+def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Adam, with decoupled weight decay (AdamW: Loshchilov & Hutter, 2019) of the dense layers' matrices alone."""
     dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
-    groups = [{"params": [p for p in model.parameters() if p not in dense]},
+    groups = [{"params": [p for p in model.parameters() if p not in dense], "weight_decay": 0.0},
               {"params": [p for p in model.parameters() if p in dense], "weight_decay": WEIGHT_DECAY}]
-    return torch.optim.Adam(groups, lr=learning_rate, decoupled_weight_decay=True,
-                            fused=_device(model).type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=_device(model).type in ("cpu", "cuda"))
 
 
 def _train_epoch(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, epoch: int, epochs: int, batch_size: int,
