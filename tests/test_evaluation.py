@@ -274,6 +274,18 @@ def test_posterior_mode_of_what_says_nothing_is_that_of_the_prior(toy):
     torch.testing.assert_close(mode, torch.zeros(2, 1), atol=0.01, rtol=0)
 
 
+def test_a_contrast_is_never_negative_for_posterior_mode(toy):
+    with torch.no_grad():
+        negative = 1 - toy.decode(torch.full((1, 1), 2.0)).sigmoid()  # no code explains it: the prior decides
+    torch.testing.assert_close(utils.posterior_mode(toy, negative, steps=300), torch.zeros(1, 1), atol=0.01, rtol=0)
+
+
+def test_posterior_mode_of_an_autoencoder_knows_no_prior(toy):
+    toy.variational = False
+    guess = torch.full((1, 1), 0.3)  # nothing moves it where the image says nothing
+    torch.testing.assert_close(utils.posterior_mode(toy, torch.zeros(1, 1, 28, 28), steps=50), guess, atol=1e-6, rtol=0)
+
+
 def test_posterior_mode_checks_its_arguments(toy, images):
     with pytest.raises(ValueError, match="steps is 0"):
         utils.posterior_mode(toy, images, steps=0)

@@ -141,3 +141,8 @@ def test_bad_latent_size(latent_dim):
 def test_pick_device():
     device = utils.pick_device()
     assert device.type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def test_a_residual_layer_adds_to_what_comes_in():
+    h = torch.randn(3, 5)
+    assert torch.equal(utils.Residual(torch.nn.ReLU(), torch.nn.ReLU())(h), h + h.relu())
