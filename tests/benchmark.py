@@ -121,7 +121,7 @@ def scaling(images):
 def main():
     global DEVICE, TRAIN
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all 20 epochs instead of 3")
+    parser.add_argument("--full", action="store_true", help="all 20 epochs, of (a) and (c), instead of 3 of all")
     parser.add_argument("--data", default="data", help="where MNIST is, or is downloaded to")
     args = parser.parse_args()
     epochs = 20 if args.full else 3

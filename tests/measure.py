@@ -122,7 +122,7 @@ def measure_left_out(data, digits):
             print(digit, kind, found, flush=True)
             there = json.loads(REFERENCE.read_text()).get("left_out", {}) if REFERENCE.exists() else {}
             there.setdefault(str(digit), {})[kind] = found
-            keep(left_out=there)
+            keep(left_out=dict(sorted(there.items())))  # two processes may share the digits
 
 
 if __name__ == "__main__":
