@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 try:
@@ -257,25 +258,20 @@ class Residual(nn.Sequential):
         return h + super().forward(h)
 
 
-def _gelu() -> nn.Module:
-    return nn.GELU(approximate="tanh")
-
-
 class Encoder(nn.Module):
     """Images (B, 1, 28, 28) in [0, 1] -> mean and log-variance (B, latent_dim) of q(z|x)."""
 
     def __init__(self, latent_dim: int):
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(1, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # (B, 1, 28, 28) -> (B, 32, 14, 14)
-            nn.Conv2d(32, 64, 2, stride=2), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
-            Residual(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu()),  # -> (B, 64, 7, 7)
-            nn.Conv2d(64, 16, 1), _gelu(),  # -> (B, 16, 7, 7)
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.BatchNorm2d(16), nn.GELU(),  # (B, 1, 28, 28) -> (B, 16, 14, 14)
+            nn.Conv2d(16, 64, 2, stride=2), nn.BatchNorm2d(64), nn.GELU(),  # -> (B, 64, 7, 7)
+            nn.Conv2d(64, 16, 3, padding=1), nn.GELU(),  # -> (B, 16, 7, 7)
         )
         self.dense = nn.Sequential(
-            nn.Flatten(), nn.Linear(16 * 7 * 7, 512), _gelu(),  # -> (B, 512)
-            Residual(nn.Linear(512, 512), _gelu()),  # -> (B, 512)
-            nn.Linear(512, 2 * latent_dim),  # -> (B, 2D)
+            nn.Flatten(), nn.Linear(16 * 7 * 7, 384), nn.GELU(),  # -> (B, 384)
+            Residual(nn.Linear(384, 384), nn.GELU()),  # -> (B, 384)
+            nn.Linear(384, 2 * latent_dim),  # -> (B, 2D)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,14 +284,14 @@ class Decoder(nn.Module):
     def __init__(self, latent_dim: int):
         super().__init__()
         self.dense = nn.Sequential(
-            nn.Linear(latent_dim, 512), _gelu(),  # (B, D) -> (B, 512)
-            Residual(nn.Linear(512, 512), _gelu()),  # -> (B, 512)
-            nn.Linear(512, 16 * 7 * 7), _gelu(), nn.Unflatten(1, (16, 7, 7)),  # -> (B, 16, 7, 7)
+            nn.Linear(latent_dim, 384), nn.GELU(),  # (B, D) -> (B, 384)
+            Residual(nn.Linear(384, 384), nn.GELU()),  # -> (B, 384)
+            nn.Linear(384, 16 * 7 * 7), nn.GELU(), nn.Unflatten(1, (16, 7, 7)),  # -> (B, 16, 7, 7)
         )
         self.conv = nn.Sequential(
-            nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu(),  # -> (B, 64, 7, 7)
-            Residual(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), _gelu()),  # -> (B, 64, 7, 7)
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), _gelu(),  # -> (B, 32, 14, 14)
+            nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64), nn.GELU(),  # -> (B, 64, 7, 7)
+            Residual(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.GELU()),  # -> (B, 64, 7, 7)
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.GELU(),  # -> (B, 32, 14, 14)
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # -> (B, 1, 28, 28)
         )
 
@@ -425,11 +421,12 @@ def learning_rate_at(progress: float, learning_rate: float) -> float:
 def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 20, batch_size: int = 64,
         learning_rate: float = 1e-3, beta: float = 1.0, checkpoint: str | Path | None = None, resume: bool = True,
         seed: int = 0, facts: dict | None = None) -> list[dict]:
-    """Train with Adam; return the history, a row per epoch; leave the last epoch's weights in the model, in eval mode.
+    """Train with Adam; return the history, a row per epoch; leave the averaged weights in the model, in eval mode.
 
     A row holds epoch, train_loss, train_bce, train_kl, val_loss, val_bce, val_kl (nats per image),
     learning_rate (at the epoch's start) and seconds. The training figures are averages over an epoch in
-    which the weights move; the validation figures are those of the weights after it, on a sampled z from a fixed seed.
+    which the weights move; the validation figures, on a sampled z from a fixed seed, are those after it of the
+    weights' running average, which is what is kept: see `_average_of`.
 
     `checkpoint` is kept at the epoch with the lowest validation loss, with `facts` (plain values such as
     the name of the data) beside its own. Next to it, `<name>.resume.pt` keeps what it takes to go on: with
@@ -451,9 +448,9 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                 "train_images": _digest(train_images), "val_images": _digest(val_images), **(facts or {})}
     device = _device(model)
     train_images, val_images = train_images.to(device), val_images.to(device)
-    optimizer = _adam(model, learning_rate)
+    optimizer, average = _adam(model, learning_rate), _average_of(model, math.ceil(len(train_images) / batch_size))
     with _Keeper(checkpoint, resume, settings, facts or {}) as keeper:
-        keeper.restore(model, optimizer)
+        keeper.restore(model, average, optimizer)
         history = keeper.history
         for row in history:
             print(format_row(row, epochs))
@@ -464,8 +461,9 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
         with _progress_bar(epochs * math.ceil(len(train_images) / batch_size)) as bar:
             for epoch in range(len(history) + 1, epochs + 1):
                 started = time.perf_counter()
-                train = _train_epoch(model, optimizer, train_images, epoch, epochs, batch_size, learning_rate, beta, seed, bar)
-                val = evaluate(model, val_images, passes=1, beta=beta)
+                train = _train_epoch(model, average, optimizer, train_images, epoch, epochs, batch_size, learning_rate,
+                                     beta, seed, bar)
+                val = evaluate(average.module, val_images, passes=1, beta=beta)
                 if not math.isfinite(val.loss):
                     raise FloatingPointError(_not_finite(f"in the validation after epoch {epoch}"))
                 history.append({
@@ -473,8 +471,9 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                     **{f"val_{k}": v for k, v in val._asdict().items()},
                     "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
                     "seconds": time.perf_counter() - started})
-                keeper.keep(model, optimizer)
+                keeper.keep(model, average, optimizer)
                 bar.write(format_row(history[-1], epochs))
+    model.load_state_dict(average.module.state_dict())
     model.eval()
     return history
 
@@ -490,8 +489,23 @@ def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=learning_rate, fused=_device(model).type in ("cpu", "cuda"))
 
 
-def _train_epoch(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, epoch: int, epochs: int, batch_size: int,
-                 learning_rate: float, beta: float, seed: int, bar: tqdm) -> Loss:
+def _average_of(model: VAE, steps: int) -> AveragedModel:
+    """The exponential moving average of the weights over about a tenth of an epoch of `steps` (Polyak & Juditsky, 1992).
+
+    It filters out the noise of the single steps: early in a run it is nats better than the weights themselves, and
+    at the end, where the learning rate is zero, the same.
+    """
+    decay = 1 - min(1, 10 * _averaging_interval(steps) / steps)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _averaging_interval(steps: int) -> int:
+    """Steps from one update of the average to the next: about a hundred updates an epoch, more would only cost time."""
+    return max(1, steps // 100)
+
+
+def _train_epoch(model: VAE, average: AveragedModel, optimizer: torch.optim.Optimizer, images: Tensor, epoch: int,
+                 epochs: int, batch_size: int, learning_rate: float, beta: float, seed: int, bar: tqdm) -> Loss:
     """One pass over the images; everything random in it follows from (seed, epoch), so that a run can be resumed."""
     model.train()
     noise = torch.Generator(images.device).manual_seed(seed * 100_003 + epoch)
@@ -507,6 +521,8 @@ def _train_epoch(model: VAE, optimizer: torch.optim.Optimizer, images: Tensor, e
         optimizer.zero_grad()
         loss.loss.backward()
         optimizer.step()
+        if (step + 1) % _averaging_interval(len(batches)) == 0:
+            average.update_parameters(model)
         losses[step] = torch.stack(loss).detach()
         bar.update()
     losses = losses.cpu().double()
@@ -699,14 +715,14 @@ class _Keeper:
     def best_row(self) -> dict:
         return min(self.history, key=lambda row: row["val_loss"])
 
-    def restore(self, model: VAE, optimizer: torch.optim.Optimizer) -> None:
-        """Bring model and optimizer to where the run in this place stands, or prepare the place for a new one."""
+    def restore(self, model: VAE, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Bring model, average and optimizer to where the run in this place stands, or prepare the place for a new one."""
         if self.path is None:
             return
         if self.path.exists():
             self._check_same_data(load_checkpoint(self.path).facts)
         if not self.resume or not (self.path.exists() or self.state_path.exists()):
-            self._write_state(model, optimizer)
+            self._write_state(model, average, optimizer)
             return
         if not self.state_path.exists():
             raise ValueError(f"{self.path} holds a trained model and nothing to resume from: train under another name, "
@@ -714,6 +730,7 @@ class _Keeper:
         state = _read(self.state_path, "run")
         self._check_same_settings(state["settings"])
         model.load_state_dict(_check_weights(state["weights"], model.state_dict(), self.state_path))
+        average.load_state_dict(_check_weights(state["average"], average.state_dict(), self.state_path))
         optimizer.load_state_dict(state["optimizer"])
         self.history, self.best = state["history"], state["best"]
         if self.history and not self.path.exists():
@@ -732,17 +749,17 @@ class _Keeper:
             raise ValueError(f"{self.path} belongs to a run with other settings ({', '.join(changed)}): go back to them, "
                              "train under another name, or start afresh and replace it with resume=False")
 
-    def keep(self, model: VAE, optimizer: torch.optim.Optimizer) -> None:
+    def keep(self, model: VAE, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
         """Save what the epoch just finished has changed. A disk that fails costs a warning, not the training."""
         if self.path is None:
             return
         if self.best_row is self.history[-1]:
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in average.module.state_dict().items()}
         finished = len(self.history) == self.settings["epochs"]
         try:
             if self.written != self.best_row["epoch"] or finished or not self.path.exists():
                 self._write_best(model)
-            self._write_state(model, optimizer)
+            self._write_state(model, average, optimizer)
         except CheckpointError as error:
             warnings.warn(f"{error}; training goes on, and saving is tried again after the next epoch", stacklevel=3)
 
@@ -753,9 +770,10 @@ class _Keeper:
         _write(self.path, _model_payload(model, self.best, facts))
         self.written = row["epoch"]
 
-    def _write_state(self, model: VAE, optimizer: torch.optim.Optimizer) -> None:
+    def _write_state(self, model: VAE, average: AveragedModel, optimizer: torch.optim.Optimizer) -> None:
         _write(self.state_path, {"format": FORMAT, "kind": "run", "settings": self.settings, "history": self.history,
-                                 "best": self.best, "weights": model.state_dict(), "optimizer": optimizer.state_dict()})
+                                 "best": self.best, "weights": model.state_dict(), "average": average.state_dict(),
+                                 "optimizer": optimizer.state_dict()})
 
 
 @contextlib.contextmanager

@@ -82,6 +82,28 @@ def test_only_the_dense_layers_matrices_decay(few, monkeypatch):
         torch.testing.assert_close(p.detach(), before[name] * (left if name in dense else 1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("steps, every, decay", [(24, 1, 1 - 10 / 24), (250, 2, 0.92)])
+def test_what_is_kept_is_the_running_average_of_the_weights(digits, best, monkeypatch, steps, every, decay):
+    model, adam, seen = utils.VAE(4), utils._adam, []
+
+    def watched(*args):
+        optimizer = adam(*args)
+        optimizer.register_step_post_hook(lambda *_: seen.append({k: v.clone() for k, v in model.state_dict().items()}))
+        return optimizer
+
+    monkeypatch.setattr(utils, "_adam", watched)
+    utils.fit(model, digits.train.images[: 2 * steps], digits.val.images[:8], epochs=1, batch_size=2, checkpoint=best)
+    assert len(seen) == steps
+    expected, *rest = seen[every - 1 :: every]
+    for weights in rest:
+        expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in expected}
+    for kept in (model.state_dict(), utils.load_checkpoint(best).state_dict()):
+        for name, tensor in kept.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+                assert not torch.equal(tensor, seen[-1][name])
+
+
 @pytest.mark.parametrize("variational", [True, False])
 def test_the_network_overfits_64_images(digits, variational):
     images = digits.train.images[:64]
@@ -266,10 +288,11 @@ def stop(error):
 
 @pytest.mark.parametrize("epoch", [1, 2, 5])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(few, best, tmp_path, monkeypatch, epoch):
-    whole, history = train(few, tmp_path / "whole_best.pt", epochs=5)
+    options = {"epochs": 5, "batch_size": 8}  # 12 steps: few enough to be quick, enough for the average to lag behind
+    whole, history = train(few, tmp_path / "whole_best.pt", **options)
     with during_epoch(monkeypatch, epoch, stop(Stop())), pytest.raises(Stop):
-        train(few, best, epochs=5)
-    resumed, same = train(few, best, epochs=5)
+        train(few, best, **options)
+    resumed, same = train(few, best, **options)
     assert same_weights(whole, resumed) and without_seconds(history) == without_seconds(same)
     assert same_weights(utils.load_checkpoint(tmp_path / "whole_best.pt"), utils.load_checkpoint(best))
 
@@ -321,9 +344,10 @@ def test_killed_at_any_moment_and_resumed(few, best, tmp_path):
     finally:
         torch.set_num_threads(threads)
     for kind, name in (("model", "whole_best.pt"), ("run", "whole_best.resume.pt")):
-        whole = utils._read(tmp_path / name, kind)["weights"]
-        resumed = utils._read(best.parent / name.replace("whole", "vae_digits"), kind)["weights"]
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+        whole = utils._read(tmp_path / name, kind)
+        resumed = utils._read(best.parent / name.replace("whole", "vae_digits"), kind)
+        for part in {"weights", "average"} & whole.keys():
+            assert all(torch.equal(whole[part][key], resumed[part][key]) for key in whole[part])
 
 
 # places that fail
