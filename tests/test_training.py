@@ -304,7 +304,7 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(few, best, monkeypatch,
     assert files(best.parent) == KEPT and utils.load_checkpoint(best).facts["epoch"] == 2
 
 
-EPOCHS = 45
+EPOCHS = 90
 
 
 def train_in_child(images, best, epochs=EPOCHS):
