@@ -448,7 +448,8 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                 "train_images": _digest(train_images), "val_images": _digest(val_images), **(facts or {})}
     device = _device(model)
     train_images, val_images = train_images.to(device), val_images.to(device)
-    optimizer, average = _adam(model, learning_rate), _average_of(model, math.ceil(len(train_images) / batch_size))
+    steps = math.ceil(len(train_images) / batch_size)  # per epoch
+    optimizer, average = _adam(model, learning_rate), _average_of(model, steps)
     with _Keeper(checkpoint, resume, settings, facts or {}) as keeper:
         keeper.restore(model, average, optimizer)
         history = keeper.history
@@ -458,7 +459,7 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
             print(f"{checkpoint} holds this run, finished: it is not trained again (resume=False would)")
         elif history:
             print(f"going on after epoch {len(history)} from {keeper.state_path}")
-        with _progress_bar(epochs * math.ceil(len(train_images) / batch_size)) as bar:
+        with _progress_bar(epochs * steps) as bar:
             for epoch in range(len(history) + 1, epochs + 1):
                 started = time.perf_counter()
                 train = _train_epoch(model, average, optimizer, train_images, epoch, epochs, batch_size, learning_rate,

@@ -118,7 +118,7 @@ def scaling(images):
         started = time.perf_counter()
         bar = utils.tqdm(disable=True)
         model = utils.VAE().to(DEVICE)
-        average = utils._average_of(model, n // BATCH)
+        average = utils._average_of(model, -(-n // BATCH))
         utils._train_epoch(model, average, utils._adam(model, 1e-3), images[:n], 1, 20, BATCH, 1e-3, 1.0, 0, bar)
         print(f"one epoch on {n:6,} images: {time.perf_counter() - started:5.1f} s")
 
