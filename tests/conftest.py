@@ -1,5 +1,7 @@
 """What several tests share: a few digits, a place for checkpoints, and whether real MNIST is at hand."""
 
+import multiprocessing
+import traceback
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,27 @@ import utils
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
+context = multiprocessing.get_context("forkserver")  # starts processes in which torch is already imported
+context.set_forkserver_preload(["utils", "torch._dynamo"])  # which Adam would import in every child
+
+
+def in_child(function, *args):
+    """Run a function in a process of its own and bring back what it returns; its exceptions fail the test."""
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=report, args=(sender, function, args))
+    child.start()
+    assert receiver.poll(60), "the process did not answer"
+    ok, value = receiver.recv()
+    child.join()
+    assert ok, value
+    return value
+
+
+def report(sender, function, args):
+    try:
+        sender.send((True, function(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
 
 
 @pytest.fixture(scope="session")

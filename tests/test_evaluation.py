@@ -48,11 +48,11 @@ def exact_log_likelihood(model, images):
 
 def test_log_likelihood_is_that_of_the_integral(toy, images):
     exact = exact_log_likelihood(toy, images)
-    torch.testing.assert_close(utils.log_likelihood(toy, images, samples=3000), exact, atol=0.05, rtol=0)
+    torch.testing.assert_close(utils.log_likelihood(toy, images, num_samples=3000), exact, atol=0.05, rtol=0)
 
 
 def test_log_likelihood_rises_with_samples_from_the_elbo_to_the_truth(toy, images):
-    elbo = -utils.evaluate(toy, images, passes=200).loss
+    elbo = -utils.evaluate(toy, images, num_samples=200).loss
     exact = float(exact_log_likelihood(toy, images).mean())
 
     def bound(samples):
@@ -69,13 +69,13 @@ def test_log_likelihood_of_a_decoder_that_ignores_z_is_exact(model, images, monk
     monkeypatch.setattr(model, "decode", lambda z: logits.expand(len(z), 1, 28, 28))
     monkeypatch.setattr(model, "encode", lambda x: (torch.zeros(len(x), 4), torch.zeros(len(x), 4)))  # q is the prior
     expected = -utils.bce_per_image(logits.expand(6, 1, 28, 28), images)
-    torch.testing.assert_close(utils.log_likelihood(model, images, samples=5), expected.double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(utils.log_likelihood(model, images, num_samples=5), expected.double(), atol=1e-3, rtol=0)
 
 
 def test_log_likelihood_repeats_and_does_not_depend_on_company(model, images):
-    all_six = utils.log_likelihood(model, images, samples=3, seed=1)
-    assert all_six.shape == (6,) and torch.equal(all_six, utils.log_likelihood(model, images, samples=3, seed=1))
-    assert not torch.equal(all_six, utils.log_likelihood(model, images, samples=3, seed=2))
+    all_six = utils.log_likelihood(model, images, num_samples=3, seed=1)
+    assert all_six.shape == (6,) and torch.equal(all_six, utils.log_likelihood(model, images, num_samples=3, seed=1))
+    assert not torch.equal(all_six, utils.log_likelihood(model, images, num_samples=3, seed=2))
 
 
 def test_an_autoencoder_has_no_likelihood(images):
@@ -143,7 +143,7 @@ def test_corruptions_do_what_their_level_says():
     assert (utils.corrupt(grey, "salt and pepper", 0.2) != 0.5).float().mean() == pytest.approx(0.2, rel=0.05)
     assert utils.corrupt(white, "occlusion", 8).sum((1, 2, 3)).eq(784 - 64).all()
     assert utils.corrupt(white, "occlusion", 28).sum() == 0
-    torch.testing.assert_close(utils.corrupt(white, "contrast", 0.3), 0.7 * white)
+    torch.testing.assert_close(utils.corrupt(white, "dimming", 0.3), 0.7 * white)
     dot = torch.zeros(1, 1, 28, 28)
     dot[0, 0, 14, 14] = 1
     blurred = utils.corrupt(dot, "blur", 2.0)[0, 0]
@@ -207,7 +207,7 @@ def test_scores_are_those_of_the_definition(pair, digits):
     expected = {"bce": bce, "bce - entropy": bce - entropy, "ink": ink, "misfit": misfit}
     for name, value in expected.items():
         torch.testing.assert_close(utils.anomaly_score(model, images, name), value, rtol=1e-3, atol=1e-3)
-    elbo = utils.loss_per_image(model, images, passes=10).loss
+    elbo = utils.loss_per_image(model, images, num_samples=10).loss
     torch.testing.assert_close(utils.anomaly_score(model, images, "elbo - entropy"), elbo - entropy, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(utils.anomaly_score(model, images, "likelihood"), -utils.log_likelihood(model, images, 50))
 
@@ -246,10 +246,10 @@ def explained(decoded, image):
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["vae", "autoencoder"])
 @torch.no_grad()
-def test_posterior_mode_is_more_probable_than_the_encoders_guess(pair, images, kind):
+def test_optimize_codes_is_more_probable_than_the_encoders_guess(pair, images, kind):
     model = pair[kind]
     model.zero_grad()
-    guess, mode = utils.posterior(model, images)[0], utils.posterior_mode(model, images, steps=20, learning_rate=0.03)
+    guess, mode = utils.posterior(model, images)[0], utils.optimize_codes(model, images, steps=20, learning_rate=0.03)
     for z, better, x in zip(guess, mode, images):
         before, after = (explained(model.decode(code[None]).sigmoid(), x) for code in (z, better))
         if model.variational:
@@ -259,8 +259,8 @@ def test_posterior_mode_is_more_probable_than_the_encoders_guess(pair, images, k
 
 
 @pytest.mark.parametrize("contrast, brightness", [(1.0, 0.0), (0.4, 0.0), (0.4, 0.3)])
-def test_posterior_mode_of_a_toy_is_the_best_of_a_grid_at_any_contrast_and_brightness(toy, images, contrast, brightness):
-    mode = utils.posterior_mode(toy, contrast * images + brightness, steps=300)
+def test_optimize_codes_of_a_toy_is_the_best_of_a_grid_at_any_contrast_and_brightness(toy, images, contrast, brightness):
+    mode = utils.optimize_codes(toy, contrast * images + brightness, steps=300)
     grid = torch.linspace(-4, 4, 801)
     with torch.no_grad():
         decoded = toy.decode(grid[:, None]).sigmoid()
@@ -269,30 +269,30 @@ def test_posterior_mode_of_a_toy_is_the_best_of_a_grid_at_any_contrast_and_brigh
     torch.testing.assert_close(reached, energy.min(1).values, atol=0.05, rtol=0)
 
 
-def test_posterior_mode_of_what_says_nothing_is_that_of_the_prior(toy):
-    mode = utils.posterior_mode(toy, torch.cat([torch.zeros(1, 1, 28, 28), torch.full((1, 1, 28, 28), 0.5)]), steps=300)
+def test_optimize_codes_of_what_says_nothing_is_that_of_the_prior(toy):
+    mode = utils.optimize_codes(toy, torch.cat([torch.zeros(1, 1, 28, 28), torch.full((1, 1, 28, 28), 0.5)]), steps=300)
     torch.testing.assert_close(mode, torch.zeros(2, 1), atol=0.01, rtol=0)
 
 
-def test_a_contrast_is_never_negative_for_posterior_mode(toy):
+def test_a_contrast_is_never_negative_for_optimize_codes(toy):
     with torch.no_grad():
         negative = 1 - toy.decode(torch.full((1, 1), 2.0)).sigmoid()  # no code explains it: the prior decides
-    torch.testing.assert_close(utils.posterior_mode(toy, negative, steps=300), torch.zeros(1, 1), atol=0.01, rtol=0)
+    torch.testing.assert_close(utils.optimize_codes(toy, negative, steps=300), torch.zeros(1, 1), atol=0.01, rtol=0)
 
 
-def test_posterior_mode_of_an_autoencoder_knows_no_prior(toy):
+def test_optimize_codes_of_an_autoencoder_knows_no_prior(toy):
     toy.variational = False
     guess = torch.full((1, 1), 0.3)  # nothing moves it where the image says nothing
-    torch.testing.assert_close(utils.posterior_mode(toy, torch.zeros(1, 1, 28, 28), steps=50), guess, atol=1e-6, rtol=0)
+    torch.testing.assert_close(utils.optimize_codes(toy, torch.zeros(1, 1, 28, 28), steps=50), guess, atol=1e-6, rtol=0)
 
 
-def test_posterior_mode_checks_its_arguments(toy, images):
+def test_optimize_codes_checks_its_arguments(toy, images):
     with pytest.raises(ValueError, match="steps is 0"):
-        utils.posterior_mode(toy, images, steps=0)
+        utils.optimize_codes(toy, images, steps=0)
     with pytest.raises(ValueError, match="learning_rate is -1"):
-        utils.posterior_mode(toy, images, learning_rate=-1)
+        utils.optimize_codes(toy, images, learning_rate=-1)
     with pytest.raises(ValueError, match="images must lie in"):
-        utils.posterior_mode(toy, images + 1)
+        utils.optimize_codes(toy, images + 1)
 
 
 def test_squared_error_sums_over_pixels(images):

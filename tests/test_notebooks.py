@@ -59,18 +59,18 @@ def test_the_reference_checkpoints_are_what_they_say(kind, digits):
     for name in ("digits", "mnist"):
         path = ROOT / f"models_mnist/{kind}_{name}_reference.pt"
         model = utils.load_checkpoint(path)
-        settings = model.facts["settings"]
-        assert (model.facts["data"], model.variational, model.latent_dim) == (name, kind == "vae", 32)
+        settings = model.metadata["settings"]
+        assert (model.metadata["data"], model.variational, model.latent_dim) == (name, kind == "vae", 32)
         assert (settings["epochs"], settings["batch_size"], settings["learning_rate"], settings["beta"]) == (20, 64, 1e-3, 1.0)
-        assert model.facts["val_loss"] == min(row["val_loss"] for row in model.facts["history"])
-        assert len(model.facts["history"]) == 20 and path.stat().st_size < 10e6
+        assert model.metadata["val_loss"] == min(row["val_loss"] for row in model.metadata["history"])
+        assert len(model.metadata["history"]) == 20 and path.stat().st_size < 10e6
         if name == "digits":
-            assert utils.evaluate(model, digits.val.images, passes=1).loss == pytest.approx(model.facts["val_loss"], abs=0.01)
+            assert utils.evaluate(model, digits.val.images, num_samples=1).loss == pytest.approx(model.metadata["val_loss"], abs=0.01)
 
 
 def test_the_vae_reference_reaches_its_recorded_loss_on_mnist(mnist):
     model = utils.load_checkpoint(ROOT / "models_mnist/vae_mnist_reference.pt")
-    assert utils.evaluate(model, mnist.val.images, passes=1).loss == pytest.approx(model.facts["val_loss"], abs=0.01)
+    assert utils.evaluate(model, mnist.val.images, num_samples=1).loss == pytest.approx(model.metadata["val_loss"], abs=0.01)
 
 
 def test_the_training_notebook_end_to_end_without_network(tmp_path):
@@ -89,7 +89,7 @@ def test_the_training_notebook_end_to_end_without_network(tmp_path):
 
 def quick_model(path, digits, latent_dim, data="digits", **options):
     utils.fit(utils.VAE(latent_dim, **options), digits.train.images, digits.val.images, epochs=1, checkpoint=path,
-              facts={"data": data})
+              metadata={"data": data})
 
 
 def test_the_analysis_notebook_end_to_end_without_network(tmp_path, digits):
