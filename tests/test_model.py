@@ -104,6 +104,15 @@ def test_forward_samples_and_reconstruct_does_not(digits):
     torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)[0]).sigmoid())
 
 
+def test_pictures_are_made_in_batches(digits, monkeypatch):
+    model, x, seen = utils.VAE(4).eval(), digits.test.images[:5], []
+    whole = model.reconstruct(x)
+    monkeypatch.setattr(utils, "BATCH", 2)
+    model.decoder.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    torch.testing.assert_close(model.reconstruct(x), whole, rtol=1e-4, atol=1e-5)
+    assert seen == [2, 2, 1]
+
+
 def test_looking_at_pictures_does_not_change_the_model(digits):
     """Batch normalisation in training mode would learn from whatever it is shown."""
     model = utils.VAE(4).train()
@@ -132,15 +141,23 @@ def test_images_of_a_batch_do_not_influence_each_other(digits):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variational", ["false", 1, None])
+def test_variational_is_true_or_false(variational):
+    with pytest.raises(ValueError, match="variational is .*True or False"):
+        utils.VAE(2, variational)
+
+
 @pytest.mark.parametrize("latent_dim", [0, -1, 2.0, True, "32", None, 10**9])
 def test_bad_latent_size(latent_dim):
     with pytest.raises(ValueError, match="latent_dim is"):
         utils.VAE(latent_dim)
 
 
-def test_pick_device():
-    device = utils.pick_device()
-    assert device.type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_pick_device_prefers_cuda_then_mps(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert utils.pick_device().type == expected
 
 
 def test_a_residual_layer_adds_to_what_comes_in():
