@@ -658,7 +658,8 @@ class _RedrawnOutput(io.StringIO):
 FORMAT = 2  # raise it when an older reader could not understand a newer file
 MAX_BYTES = 2**26  # the state of the largest model has 45 MB
 MAX_OPCODES = 20_000  # of its pickle; that state's has 6,000
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage", "torch DoubleStorage", "torch LongStorage"}
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage", "torch DoubleStorage",
+           "torch LongStorage"}
 
 
 class CheckpointError(RuntimeError):
@@ -684,6 +685,47 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> VAE
     """
     path = _path("path", path)
     return _unpack_model(_read(path), path).to(device).eval()
+
+
+def checkpoint_path(folder: str | Path, data: str, autoencoder: bool = False, left_out: int | None = None,
+                    which: str = "best") -> Path:
+    """Where the notebooks keep a model: "best" is one's own, "reference" comes with the repository and is never written."""
+    _check_bool("autoencoder", autoencoder)
+    without = "" if left_out is None else f"_without{left_out}"
+    return _path("folder", folder) / f"{'ae' if autoencoder else 'vae'}_{data}{without}_{which}.pt"
+
+
+def load_best(folder: str | Path, data: str, autoencoder: bool = False, device: str | torch.device = "cpu") -> VAE:
+    """One's own best model of these data where there is one, else the reference; says which. FileNotFoundError if none."""
+    for which, whose in (("best", "your own"), ("reference", "the reference")):
+        path = checkpoint_path(folder, data, autoencoder, which=which)
+        if os.path.lexists(path):
+            model = load_checkpoint(path, device)
+            if (there := model.metadata.get("data")) != data:
+                raise CheckpointError(f"{path} was trained on {there}, but {data} is loaded: move one of them away")
+            epoch, loss = (model.metadata.get(key, math.nan) for key in ("epoch", "val_loss"))
+            print(f"{path}: {whose}, epoch {epoch}, validation loss {loss:.2f} nats")
+            return model
+    raise FileNotFoundError(f"there is no {path.name.replace('reference', 'best')} or {path.name} in {folder}: "
+                            "vae_mnist_training.ipynb makes one")
+
+
+def compare_with_reference(model: VAE, test_loss: float) -> str:
+    """One sentence: whether a test loss is what the same recipe gave over several seeds (models_mnist/reference.json)."""
+    recipe = {"data": "mnist", "left_out": None, "epochs": 20, "batch_size": 64, "learning_rate": 1e-3, "beta": 1.0,
+              "latent_dim": 32}
+    settings = model.metadata["settings"]
+    if any(settings.get(key) != value for key, value in recipe.items()):
+        return "No reference was measured for these settings."
+    file = Path(__file__).parent / "models_mnist" / "reference.json"
+    try:
+        runs = json.loads(file.read_text())["test"]["vae" if model.variational else "ae32"]
+        losses = np.array([float(run["loss"]) for run in runs.values()])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"There is nothing to compare with in {file}."
+    mean, spread = losses.mean(), losses.std(ddof=1)
+    as_expected = abs(test_loss - mean) <= max(4 * spread, 0.005 * mean)
+    return f"expected {mean:.1f} +- {spread:.1f}, yours {test_loss:.1f}: {'as expected' if as_expected else 'check this'}"
 
 
 def _pack_model(model: VAE, metadata: dict) -> bytes:
@@ -906,7 +948,8 @@ class _Run:
             self._move_aside()
             self.alone = True
         _write(self.path, _pack_model(self.best, self.about()))
-        header = {"resume": self.resume, "machine": self.machine, **{key: self.about()[key] for key in ("settings", "history", "run")}}
+        header = {key: self.about()[key] for key in ("settings", "history", "run")}
+        header |= {"resume": self.resume, "machine": self.machine}
         _write(self.state_path, _pack("run", header, self.tensors()))
         self.kept = len(self.history)
 

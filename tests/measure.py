@@ -141,7 +141,8 @@ def measure_test(data, name, seed):
     found["active units"] = utils.active_units(utils.posterior(model, test)[0]).sum()
     found |= {"error": {}, "optimised": {}, "input": {}}
     some = test[:250]  # the search for better codes is slow
-    for kind, level in [("clean", 0), *((k, level) for k, corruption in utils.CORRUPTIONS.items() for level in corruption.levels)]:
+    levels = [(kind, level) for kind, corruption in utils.CORRUPTIONS.items() for level in corruption.levels]
+    for kind, level in [("clean", 0), *levels]:
         x = some if kind == "clean" else utils.corrupt(some, kind, level, seed)
         key = f"{kind} {level:g}" if kind != "clean" else kind
         found["error"][key] = utils.squared_error(model.reconstruct(x), some)
@@ -149,7 +150,8 @@ def measure_test(data, name, seed):
         found["input"][key] = utils.squared_error(x, some)
     mixture = utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], NUM_COMPONENTS, seed)
     normal, other = test[1000:2000], test[2000:3000]
-    for score, function in (("misfit", lambda x: utils.anomaly_score(model, x)), ("density", lambda x: density_score(model, mixture, x))):
+    scores = {"misfit": lambda x: utils.anomaly_score(model, x), "density": lambda x: density_score(model, mixture, x)}
+    for score, function in scores.items():
         clean, threshold = function(normal), function(data.val.images).quantile(0.99)
         found[f"auroc {score}"], found[f"flagged {score}"] = {}, {"clean": (function(test) > threshold).double().mean()}
         for kind in utils.ANOMALIES:
@@ -174,8 +176,9 @@ def measure_left_out(data, name, seed):
 def classifier(data):
     """A small convolutional network that names digits, and the 64 features that it does it by."""
     utils.seed_everything(0)
-    features = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-                             nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU()).to(DEVICE)
+    features = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU()).to(DEVICE)
     head, epochs = nn.Linear(64, 10).to(DEVICE), 4
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], 2e-3)
     images, labels = data.train.images.to(DEVICE), data.train.labels.to(DEVICE)

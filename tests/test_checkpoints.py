@@ -140,14 +140,14 @@ def test_truncated_at_every_tenth(path):
 
 
 def test_every_random_mutation_is_refused_or_loads_the_same(path, model):
-    """Bits flipped, bytes cut out, put in, zeroed, swapped: anywhere, and where the structure is, the pickle and the directory."""
+    """Bits flipped, bytes cut out, put in, zeroed, swapped: anywhere, and where the structure is."""
     content, rng = path.read_bytes(), random.Random(0)
     start, target = content.index(b"data.pkl"), path.with_name("mutated.pt")
     for i in range(300):
         mutated = bytearray(content)
         for _ in range(rng.choice((1, 1, 2, 10))):
-            at = rng.choice((rng.randrange(start, start + 6000), rng.randrange(len(content) - 5000, len(content)))) if i % 2 else \
-                rng.randrange(len(mutated))
+            low, high = rng.choice(((start, start + 6000), (len(content) - 5000, len(content)))) if i % 2 else (0, len(mutated))
+            at = rng.randrange(low, high)
             n = rng.choice((1, 1, 8, 1000))
             match rng.randrange(5 if i % 3 else 1):
                 case 0:
@@ -189,9 +189,9 @@ VARIANCE = "encoder.conv.1.running_var"
     (FIRST, torch.ones(1), "is not torch.float32"), (FIRST, torch.ones(16, 1, 4, 4).double(), "is not torch.float32"),
     (FIRST, [1.0], "is not torch.float32"), (FIRST, torch.full((16, 1, 4, 4), math.nan), "NaN, infinity"),
     (FIRST, torch.full((16, 1, 4, 4), math.inf), "NaN, infinity"), (VARIANCE, -torch.ones(16), "negative variance"),
-    (FIRST, torch.ones(16, 1, 4, 4).to_sparse(), "more than tensors"), (FIRST, torch.ones(16, 1, 4, 4, device="meta"), "more than"),
-    (FIRST, torch.zeros(1).expand(2**40), "is not torch.float32"), (FIRST, torch.nn.Parameter(torch.ones(16, 1, 4, 4)), "more than"),
-    (FIRST, bytearray(2**20), "more than|GLOBAL|checkpoint")])
+    (FIRST, torch.ones(16, 1, 4, 4).to_sparse(), "more than tensors"), (FIRST, torch.zeros(1).expand(2**40), "is not torch.float32"),
+    (FIRST, torch.ones(16, 1, 4, 4, device="meta"), "more than tensors"), (FIRST, bytearray(2**20), "more than tensors"),
+    (FIRST, torch.nn.Parameter(torch.ones(16, 1, 4, 4)), "more than tensors")])
 def test_tensors_that_do_not_fit(path, name, tensor, says):
     payload, _ = change_of(path)
     payload["tensors"].pop(name, None)
@@ -204,7 +204,8 @@ def test_tensors_that_do_not_fit(path, name, tensor, says):
 
 @pytest.mark.parametrize("change, says", [
     ({"latent_dim": 5}, "is not torch.float32"), ({"latent_dim": 10**12}, "latent_dim is 1000000000000"),
-    ({"latent_dim": "4"}, "latent_dim is '4'"), ({"latent_dim": None}, "latent_dim is None"), ({"variational": 1}, "variational is 1"),
+    ({"latent_dim": "4"}, "latent_dim is '4'"), ({"latent_dim": None}, "latent_dim is None"),
+    ({"variational": 1}, "variational is 1"),
     ({"metadata": None}, "no metadata"), ({"metadata": [1]}, "no metadata")])
 def test_a_header_that_does_not_fit(path, change, says):
     payload, header = change_of(path)
@@ -246,11 +247,12 @@ def nested(depth):
 
 def doubling(times):
     """Lists of lists of one list: a few bytes that unfold without end for whoever walks through them."""
-    return b"\x80\x02]q\x00" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(times)) + b"."
+    twice = (b"](h" + bytes([i, ord("h"), i]) + b"eq" + bytes([i + 1]) for i in range(times))
+    return b"\x80\x02]q\x00" + b"".join(twice) + b"."
 
 
-BOMBS = {"compressed": (None, zipfile.ZIP_DEFLATED, bytes(2**31 - 1)), "deep": (nested(10_000), 0, b""), "deeper": (nested(10**6), 0, b""),
-         "doubling": (doubling(200), 0, b""), "long": (b"\x80\x02" + b"K\x010" * 10**6 + b"N.", 0, b""),
+BOMBS = {"compressed": (None, zipfile.ZIP_DEFLATED, bytes(2**29)), "deep": (nested(10_000), 0, b""),
+         "deeper": (nested(10**6), 0, b""), "doubling": (doubling(200), 0, b""), "long": (b"\x80\x02" + b"K\x010" * 10**6 + b"N.", 0, b""),
          "bytearray": (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", 0, b"")}
 
 
@@ -265,7 +267,7 @@ def load_under_a_limit(path):
 def test_bombs_are_refused_within_a_second_and_200_mb(path, bomb):
     archive_with(path, *BOMBS[bomb])
     seconds, kilobytes = in_child(load_under_a_limit, path)
-    assert seconds < 3 and kilobytes < 200_000
+    assert seconds < 1 and kilobytes < 200_000
 
 
 def test_a_state_is_not_taken_for_a_model(tmp_path, few):

@@ -376,7 +376,7 @@ def cut_short(path):
 
 @pytest.mark.parametrize("make, says", [
     (lambda path: None, "there is no picture at"), (lambda path: path.mkdir(), "cannot be read as a picture: it is not a file"),
-    (lambda path: os.mkfifo(path), "not a file"), (write_bytes(b""), "cannot be read"), (write_bytes(b"my notes"), "cannot be read"),
+    (os.mkfifo, "not a file"), (write_bytes(b""), "cannot be read"), (write_bytes(b"my notes"), "cannot be read"),
     (cut_short, "cannot be read"), (bomb, "cannot be read .*exceeds limit"),
     (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "no ink"),
     (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "no ink"),

@@ -380,8 +380,8 @@ def test_nothing_needs_doubles_on_the_device(few):
 
 
 @pytest.mark.parametrize("use", [
-    lambda model, x: model.encode(x), lambda model, x: model.reconstruct(x), utils.posterior, utils.evaluate, utils.log_likelihood,
-    utils.anomaly_score, utils.optimize_codes, utils.loss_per_image, lambda model, x: utils.corrupt(x, "noise", 0.1),
+    utils.VAE.encode, utils.VAE.reconstruct, utils.posterior, utils.evaluate, utils.log_likelihood, utils.anomaly_score,
+    utils.optimize_codes, utils.loss_per_image, lambda model, x: utils.corrupt(x, "noise", 0.1),
     lambda model, x: utils.make_anomalies(x, "black"), lambda model, x: utils.fit_mixture(model, x, 1),
     lambda model, x: utils.vae_loss(x, x, torch.zeros(6, 4), torch.zeros(6, 4))])
 def test_images_are_checked_at_every_door(model, images, use):

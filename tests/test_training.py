@@ -210,7 +210,8 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
 
 @pytest.mark.parametrize("change, label", [
     ({"epochs": 4}, "epochs3"), ({"latent_dim": 5}, "latent_dim4"), ({"seed": 1}, "seed0"), ({"beta": 2.0}, "beta1.0"),
-    ({"variational": False}, "variationalTrue"), ({"learning_rate": 0.01}, "learning_rate0.001"), ({"batch_size": 16}, "batch_size32"),
+    ({"variational": False}, "variationalTrue"), ({"learning_rate": 0.01}, "learning_rate0.001"),
+    ({"batch_size": 16}, "batch_size32"),
     ({"metadata": {"data": "mnist"}}, "datadigits")])
 def test_a_changed_setting_starts_a_new_run_and_keeps_the_old_one(few, best, capsys, change, label):
     train(few, best)
@@ -246,9 +247,9 @@ def test_a_run_stopped_in_its_first_epoch_leaves_what_stood_there(few, best, mon
 
 def test_other_images_never_replace_a_model(few, best):
     train(few, best)
-    before = best.read_bytes()
-    train((few[0][1:], few[1]), best, metadata={"data": "digits", "train_images": utils.load_checkpoint(best).metadata["settings"][
-        "train_images"]})  # metadata cannot pass other images off as these
+    before, digest = best.read_bytes(), utils.load_checkpoint(best).metadata["settings"]["train_images"]
+    other = few[0][1:], few[1]  # which metadata cannot pass off as the same images
+    train(other, best, metadata={"data": "digits", "train_images": digest})
     (aside,) = [path for path in best.parent.glob("*.pt") if path.read_bytes() == before]
     assert aside.name.startswith("vae_digits_best.train_images")
 

@@ -1,0 +1,203 @@
+"""The tables of README.md and models_mnist/README.md, written from models_mnist/reference.json: `python tests/measure.py card`.
+
+A page says where a table goes by two comments, <!-- table: NAME --> and <!-- end -->; what stands between them is made here.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "models_mnist" / "README.md")
+NAMES = {"vae": "VAE", "ae32": "AE 32", "ae16": "AE 16", "ae12": "AE 12", "ae8": "AE 8", "vae beta 0.25": "VAE, β = 0.25",
+         "vae beta 4": "VAE, β = 4"}
+MAIN = ("vae", "ae12", "ae32")
+
+
+def measured(m):
+    return [name for name in NAMES if name in m["test"]]
+
+
+def values(m, name, *keys, section="test"):
+    """A figure of a model, seed by seed."""
+    found = []
+    for run in m[section][name].values():
+        for key in keys:
+            run = run[key]
+        found.append(run)
+    return found
+
+
+def spread(found, digits=1, factor=1.0):
+    """Mean and standard deviation over seeds; of one seed, the figure alone."""
+    found = [factor * value for value in found]
+    mean = f"{statistics.mean(found):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else mean
+
+
+def ahead(a, b, higher=False):
+    """1 if a is ahead of b by more than the spread of both over seeds, -1 if b is ahead of a, else 0; small is good
+    unless `higher`."""
+    difference = statistics.mean(b) - statistics.mean(a)
+    if abs(difference) <= statistics.stdev(a) + statistics.stdev(b):
+        return 0
+    return 1 if (difference > 0) != higher else -1
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def headline(m):
+    loss = spread(values(m, "vae", "loss"), 2)
+    return f"**{loss} nats per test image** (-ELBO, mean and standard deviation over three seeds) after 20 epochs."
+
+
+def test_set(m):
+    rows = [("-ELBO, 10,000 images, 10 samples of z each", "loss", 2), ("of it BCE", "bce", 2), ("of it KL", "kl", 2),
+            ("-ELBO, first 1,000 images", "loss of the first 1,000", 2),
+            ("-log p(x), first 1,000 images, 500 importance samples", "nll grey", 2),
+            ("-log p(x), the same images binarised", "nll binarised", 2), ("active units, of 32", "active units", 1)]
+    return table(["nats per image", "mean ± spread", "seeds 0, 1, 2"],
+                 [[text, spread(values(m, "vae", key), digits), ", ".join(f"{v:.{digits}f}" for v in values(m, "vae", key))]
+                  for text, key, digits in rows])
+
+
+def models(m):
+    rows = [[NAMES[name], ", ".join(m["test"][name]), *(spread(values(m, name, key), 2) for key in ("bce", "kl")),
+             spread(values(m, name, "error", "clean")), spread(values(m, name, "active units"), 0)] for name in measured(m)]
+    return table(["model", "seeds", "BCE", "KL", "squared error, clean", "active units"], rows)
+
+
+def corruptions(m, way):
+    names = measured(m)
+    rows = [[level, *(spread(values(m, name, way, level)) for name in names), spread(values(m, "vae", "input", level))]
+            for level in m["test"]["vae"]["0"]["error"]]
+    return table(["corruption, level", *(NAMES[name] for name in names), "corrupted input"], rows)
+
+
+def standings(m):
+    """How often the VAE is ahead, within the spread, and behind, like against like."""
+    levels = [level for level in m["test"]["vae"]["0"]["error"] if level != "clean"]
+    rows = []
+    for other, question in (("ae32", "same size: AE 32"), ("ae12", "same clean error: AE 12")):
+        for way, text in (("error", "one pass"), ("optimised", "optimised")):
+            found = {level: ahead(values(m, "vae", way, level), values(m, other, way, level)) for level in levels}
+            rows.append([question, text, *(str(list(found.values()).count(x)) for x in (1, 0, -1)), behind(found)])
+    return table(["VAE against", "codes", "ahead", "within the spread", "behind", "behind at"], rows)
+
+
+def behind(found):
+    kinds = {}
+    for level, standing in found.items():
+        if standing < 0:
+            kind, _, number = level.rpartition(" ")
+            kinds.setdefault(kind or number, []).append(number)
+    return "; ".join(f"{kind} {', '.join(numbers)}" if numbers != [kind] else kind for kind, numbers in kinds.items()) or "none"
+
+
+def anomaly_standings(m):
+    rows = []
+    for other, question in (("ae32", "same size: AE 32"), ("ae12", "same clean error: AE 12")):
+        for score in ("misfit", "density"):
+            kinds = m["test"]["vae"]["0"][f"auroc {score}"]
+            found = {kind: ahead(values(m, "vae", f"auroc {score}", kind), values(m, other, f"auroc {score}", kind), higher=True)
+                     for kind in kinds}
+            rows.append([question, score, *(str(list(found.values()).count(x)) for x in (1, 0, -1)),
+                         ", ".join(kind for kind, x in found.items() if x < 0) or "none"])
+    return table(["VAE against", "score", "ahead", "within the spread", "behind", "behind at"], rows)
+
+
+def anomalies(m, names=MAIN):
+    rows = []
+    for kind in m["test"]["vae"]["0"]["auroc misfit"]:
+        found = [spread(values(m, name, f"auroc {score}", kind), 3) for score in ("misfit", "density") for name in names]
+        if kind == "black":  # no spread tells that one seed is at nought
+            found = [", ".join(f"{v:.2f}" for v in values(m, name, f"auroc {score}", kind)) for score in ("misfit", "density")
+                     for name in names]
+        rows.append([kind, *found])
+    return table(["AUROC", *(f"{NAMES[name]}, {score}" for score in ("misfit", "density") for name in names)], rows)
+
+
+def other_anomalies(m):
+    return anomalies(m, [name for name in measured(m) if name not in MAIN])
+
+
+def decisions(m):
+    kinds = m["test"]["vae"]["0"]["flagged misfit"]
+    columns = [(name, score) for score in ("misfit", "density") for name in MAIN]
+    rows = [[kind, *(spread(values(m, name, f"flagged {score}", kind), 1, 100) for name, score in columns)] for kind in kinds]
+    return table(["flagged, %", *(f"{NAMES[name]}, {score}" for name, score in columns)], rows)
+
+
+def scores(m):
+    hard = ("mirrored", "rotated", "occluded", "black", "mean")
+    rows = [[NAMES[name], score, *(spread(values(m, name, "auroc", score, kind, section="scores"), 3) for kind in hard)]
+            for name in MAIN for score in m["scores"][name]["0"]["auroc"]]
+    return table(["model", "score", *hard[:-1], "mean of seven"], rows)
+
+
+def mixtures(m):
+    sizes = list(m["scores"]["vae"]["0"]["mixture"])
+    rows = [[NAMES[name], *(spread(values(m, name, "mixture", size, section="scores")) for size in sizes)] for name in MAIN]
+    rows.append(["seconds to fit, VAE", *(spread(values(m, "vae", "seconds", size, section="scores")) for size in sizes)])
+    return table(["components", *sizes], rows)
+
+
+def samples(m, names=MAIN):
+    measure, images = ("recognised", "frechet", "nearest"), m["samples"]["images"]["0"]
+    rows = [["", text, f"{100 * images[key]['recognised']:.1f}", f"{images[key]['frechet']:.1f}", f"{images[key]['nearest']:.2f}"]
+            for text, key in (("test images", "test"), ("validation images", "validation"))]
+    for name in names:
+        for kind in m["samples"][name]["0"]:
+            found = [values(m, name, kind, key, section="samples") for key in measure]
+            rows.append([NAMES[name], kind, spread(found[0], 1, 100), spread(found[1]), spread(found[2], 2)])
+    return table(["model", "images", "recognised, %", "Fréchet distance", "distance to nearest training image"], rows)
+
+
+def left_out(m):
+    runs = m["left out, seed 0"]
+    rows = []
+    for name in MAIN:
+        areas = list(runs[name].values())
+        rows.append([NAMES[name], *(f"{area:.2f}" for area in areas), f"{statistics.mean(areas):.3f}"])
+    return table(["AUROC, digit left out", *runs["vae"], "mean"], rows)
+
+
+def benchmark(m):
+    found = {device: next(iter(run.values())) for device, run in m["benchmark"].items()}
+    keys = next(iter(found.values()))
+    return table(["", *found], [[key, *(str(run[key]) for run in found.values())] for key in keys])
+
+
+def results(m):
+    """The one table of the README."""
+    rows = [["squared error, clean", *(spread(values(m, name, "error", "clean")) for name in MAIN)]]
+    for level in ("noise 0.3", "occlusion 12", "blur 1.5", "rotation 20"):
+        rows.append([f"squared error, {level}", *(spread(values(m, name, "error", level)) for name in MAIN)])
+        rows.append(["the same, optimised codes", *(spread(values(m, name, "optimised", level)) for name in MAIN)])
+    for kind in ("mirrored", "occluded", "thinner"):
+        rows.append([f"AUROC of the misfit, {kind}", *(spread(values(m, name, "auroc misfit", kind), 3) for name in MAIN)])
+    areas = [statistics.mean(m["left out, seed 0"][name].values()) for name in MAIN]
+    rows.append(["AUROC, a digit never seen (mean of ten, one seed)", *(f"{area:.3f}" for area in areas)])
+    return table(["", "VAE, code of 32", "autoencoder, code of 12", "autoencoder, code of 32"], rows)
+
+
+TABLES = {"headline": headline, "test set": test_set, "models": models, "one pass": lambda m: corruptions(m, "error"),
+          "optimised": lambda m: corruptions(m, "optimised"), "standings": standings, "anomalies": anomalies,
+          "other anomalies": other_anomalies, "anomaly standings": anomaly_standings, "decisions": decisions, "scores": scores,
+          "mixtures": mixtures, "samples": samples, "left out": left_out, "benchmark": benchmark, "results": results}
+PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def filled(page):
+    """The text of a page with its tables as they should be."""
+    m = json.loads((ROOT / "models_mnist" / "reference.json").read_text())
+    return PLACE.sub(lambda place: place[1] + TABLES[place[2]](m) + place[3], page.read_text())
+
+
+def write():
+    for page in PAGES:
+        page.write_text(filled(page))
