@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
@@ -224,7 +224,8 @@ def read_digit(path: str | Path) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             grey = _grey(ImageOps.exif_transpose(picture))
     except Exception as error:  # whatever Pillow stumbles over
-        raise ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from None
+        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a picture: {why}") from None
     paper = _paper(grey)
     ink = ndimage.gaussian_filter(grey - paper, 1)
     least = max(0.08, 5 * 1.4826 * np.median(np.abs(ink)))  # five standard deviations of the paper's noise, or just visible
@@ -564,7 +565,7 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                     bar.write(_format_row(run.history[-1], epochs))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(run.what_is_kept()) from None
-        run.finish()
+        run.save("the trained weights are in memory alone: utils.save_checkpoint(PATH, model) saves them in another place")
     model.load_state_dict(run.best.state_dict())
     model.eval()
     model.metadata = run.about()
@@ -890,8 +891,6 @@ class _Run:
             history, run, resume, machine = (state[key] for key in ("history", "run", "resume", "machine"))
             if state["settings"] != self.settings or not (self.resume or len(history) < epochs and resume is False):
                 return
-            if os.path.lexists(self.path) and load_checkpoint(self.path).metadata["run"] != run:
-                return
             rows = [_format_row(row, epochs) for row in history]
             if [row["epoch"] for row in history] != list(range(1, len(rows) + 1)) or not 1 <= len(rows) <= epochs:
                 return
@@ -899,7 +898,8 @@ class _Run:
         except (FileNotFoundError, CheckpointError, LookupError, TypeError, ValueError):
             return  # nothing there, or nothing of use, which is moved aside
         self.history, self.id, self.resume, self.kept, self.alone = history, run, resume, len(rows), True
-        if not self.path.exists():
+        if self._best_there().get("run") != run:  # missing, damaged or another run's: it is written anew from the state
+            self._move_aside(self.path)
             self._save()
         print("\n".join(rows))
         if self.kept == epochs:
@@ -910,27 +910,25 @@ class _Run:
             print(f"begun on {machine}, going on on {self.machine}: the result is the same up to rounding, not bit for bit")
 
     def add(self, row: dict) -> None:
-        """A finished epoch. A disk that fails costs a warning, not the training."""
+        """A finished epoch."""
         self.history.append(row)
         if self._best_row() is row:
             self.best.load_state_dict(self.average.state_dict())
-        try:
-            self._save()
-        except CheckpointError as error:
-            warnings.warn(f"{error}; training goes on, and saving is tried again after the next epoch", stacklevel=3)
+        self.save("training goes on, and saving is tried again after the next epoch")
 
-    def finish(self) -> None:
-        """Try once more if the last save failed."""
+    def save(self, otherwise: str) -> None:
+        """A disk that fails costs a warning, not the training."""
         try:
-            if self.kept < len(self.history):
+            if self.path is not None and self.kept < len(self.history):
                 self._save()
         except CheckpointError as error:
-            warnings.warn(f"{error}; the trained weights are in memory alone: utils.save_checkpoint(PATH, model) "
-                          "saves them in another place", stacklevel=3)
+            warnings.warn(f"{error}; {otherwise}", stacklevel=3)
 
     def what_is_kept(self) -> str:
+        if not self.kept:
+            return "Stopped: no epoch of this run was finished and kept"
         epochs = "1 finished epoch is" if self.kept == 1 else f"{self.kept} finished epochs are"
-        return f"Stopped: {epochs} kept in {self.path.parent}; run again to go on" if self.kept else "Stopped: nothing is kept"
+        return f"Stopped: {epochs} kept in {self.path.parent}; run again to go on"
 
     def _best_row(self) -> dict:
         return min(self.history, key=lambda row: row["val_loss"])
@@ -941,11 +939,8 @@ class _Run:
         return {**self.metadata, **best, "settings": self.settings, "history": self.history, "run": self.id}
 
     def _save(self) -> None:
-        if self.path is None:
-            self.kept = 0
-            return
         if not self.alone:
-            self._move_aside()
+            self._move_aside(self.path, self.state_path)
             self.alone = True
         _write(self.path, _pack_model(self.best, self.about()))
         header = {key: self.about()[key] for key in ("settings", "history", "run")}
@@ -953,15 +948,19 @@ class _Run:
         _write(self.state_path, _pack("run", header, self.tensors()))
         self.kept = len(self.history)
 
-    def _move_aside(self) -> None:
+    def _best_there(self) -> dict:
+        """The metadata of the best checkpoint that stands there; none if it cannot be read."""
+        with contextlib.suppress(FileNotFoundError, CheckpointError):
+            return load_checkpoint(self.path).metadata
+        return {}
+
+    def _move_aside(self, *paths: Path) -> None:
         """Give files of another run names that tell what was different about it."""
-        try:
-            there = load_checkpoint(self.path).metadata["settings"].items()
-        except (FileNotFoundError, CheckpointError, LookupError, AttributeError):
-            there = ()
-        changed = [re.sub(r"[^\w.-]", "", f"{key}{value}") for key, value in there if self.settings.get(key) != value]
-        label = "-".join(changed)[:80] or "before"
-        for path in (self.path, self.state_path):
+        there = self._best_there().get("settings")
+        there = there.items() if isinstance(there, dict) else ()
+        changed = [f"{key}{value}" for key, value in there if self.settings.get(key) != value]
+        label = re.sub(r"[^\w.-]", "", "-".join(changed))[:80] or "before"
+        for path in paths:
             names = (f"{self.path.stem}.{label}{n or ''}{path.name[len(self.path.stem):]}" for n in itertools.count())
             new = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
             try:
