@@ -288,7 +288,7 @@ STYLES = {"pen": "JPEG", "pencil": "JPEG", "on white": "PNG", "on black": "PNG"}
 @pytest.mark.parametrize("style", STYLES)
 def test_a_digit_in_a_photograph_comes_back_as_it_was(mnist, tmp_path, style):
     rng, found = np.random.default_rng(0), []
-    for digit in mnist.test.images[:60, 0].numpy():
+    for digit in mnist.test.images[:24, 0].numpy():
         photograph(digit, style, rng).save(tmp_path / "digit", STYLES[style], quality=80)
         mine = utils.read_digit(tmp_path / "digit")
         assert mine.shape == (1, 1, 28, 28) and mine.dtype == torch.float32 and 0 <= mine.min() < mine.max() <= 1

@@ -59,6 +59,12 @@ def test_the_pages_say_what_was_measured(page, monkeypatch):
     assert page.read_text() != card.filled(page)
 
 
+def test_the_notebook_says_the_same_verdict():
+    text = "\n".join(cell.source for cell in nbformat.read(ROOT / ANALYSIS, 4).cells if cell.cell_type == "markdown")
+    for paragraph in card.verdict(json.loads((ROOT / "models_mnist/reference.json").read_text())).split("\n\n"):
+        assert paragraph in text, f"not in the analysis notebook: {paragraph}"
+
+
 def test_ahead_means_by_more_than_the_spread():
     assert card.ahead([1.0, 1.2], [2.0, 2.2]) == 1 and card.ahead([2.0, 2.2], [1.0, 1.2]) == -1
     assert card.ahead([1.0, 2.0], [1.5, 2.5]) == 0 and card.ahead([0.9, 0.91], [0.8, 0.81], higher=True) == 1
