@@ -227,13 +227,14 @@ pass the VAE is ahead at {count["ae32", "error"][0]} corruptions (mostly {kinds_
 **Anomalies.** By the misfit of the reconstruction the VAE is ahead of the large autoencoder at \
 {count["ae32", "auroc misfit"][0]} of {len(misfit)} kinds and behind {nowhere(count["ae32", "auroc misfit"][1])} \
 ({", ".join(kind for kind, x in misfit.items() if x < 0)}), ahead of the small one at {count["ae12", "auroc misfit"][0]} and \
-{nowhere(count["ae12", "auroc misfit"][1])} behind; where it leads the large one, a \
-code of 12 alone brings {min(shares):.0%} to {max(shares):.0%} of that lead. By the density of the codes it is ahead of the large one at {count["ae32", "auroc density"][0]} and \
-behind {nowhere(count["ae32", "auroc density"][1])}; a digit never seen in training is told apart with an AUROC of \
-{areas["vae"]:.2f}, against {areas["ae12"]:.2f} and {areas["ae32"]:.2f} (one seed)."""
+{nowhere(count["ae12", "auroc misfit"][1])} behind; where it leads the large one, a code of 12 alone brings \
+{min(shares):.0%} to {max(shares):.0%} of that lead. By the density of the codes it is ahead of the large one at \
+{count["ae32", "auroc density"][0]} and behind {nowhere(count["ae32", "auroc density"][1])}; a digit never seen in training \
+is told apart with an AUROC of {areas["vae"]:.2f}, against {areas["ae12"]:.2f} and {areas["ae32"]:.2f} (one seed)."""
 
 
-TABLES = {"headline": headline, "verdict": verdict, "test set": test_set, "models": models, "one pass": lambda m: corruptions(m, "error"),
+TABLES = {"headline": headline, "verdict": verdict, "test set": test_set, "models": models,
+          "one pass": lambda m: corruptions(m, "error"),
           "optimised": lambda m: corruptions(m, "optimised"), "standings": standings, "anomalies": anomalies,
           "other anomalies": other_anomalies, "anomaly standings": anomaly_standings, "decisions": decisions, "scores": scores,
           "mixtures": mixtures, "samples": samples, "left out": left_out, "benchmark": benchmark, "results": results}
