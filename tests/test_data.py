@@ -207,19 +207,27 @@ def test_a_download_is_taken_only_whole(tiny_mnist, monkeypatch):
     raw = tiny_mnist / "MNIST/raw"
     packed = {path.name: gzip.compress(path.read_bytes()) for path in raw.iterdir()}
     shutil.rmtree(raw)
-    asked = []
+    asked, damage = [], None
+
+    def cut(content):
+        return content[:-20]
+
+    def changed(content):
+        return gzip.compress(gzip.decompress(content)[:-1] + b"x")
 
     def urlopen(url, timeout):
         asked.append(url)
-        content = packed[url.rpartition("/")[2].removesuffix(".gz")]
-        return io.BytesIO(content[:-20] if broken else content)
+        return io.BytesIO(damage(packed[url.rpartition("/")[2].removesuffix(".gz")]))
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    broken = True
-    with pytest.raises(FileNotFoundError, match="could not be brought there"):
-        utils.load_images("mnist", tiny_mnist, val_size=10)
-    assert not raw.exists() and len(asked) == len(MNIST.mirrors), "every mirror is tried"
-    broken = False
+    for broken in (cut, changed):
+        damage = broken
+        asked.clear()
+        with pytest.raises(FileNotFoundError, match="could not be brought there"):
+            utils.load_images("mnist", tiny_mnist, val_size=10)
+        assert not raw.exists() and len(asked) == len(MNIST.mirrors), "every mirror is tried"
+
+    damage = bytes
     assert utils.load_images("mnist", tiny_mnist, val_size=10).name == "mnist"
     assert sorted(os.listdir(raw)) == sorted(utils.MNIST_FILES), "only the four files are there"
     (raw / LABELS).unlink()
