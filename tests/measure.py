@@ -1,9 +1,9 @@
 """Measure every figure that the pages and the notebooks quote, into models_mnist/reference.json. Not a test.
 
-    python tests/measure.py train      the models below by the full recipe (five hours on two cores)
+    python tests/measure.py train      the models below by the full recipe (nine minutes each on one thread)
     python tests/measure.py scores     anomaly scores and sizes of the mixture, compared on validation images
     python tests/measure.py test       the test set: loss, likelihood, robustness, anomalies
-    python tests/measure.py left-out   five epochs each on nine digits; the tenth is the anomaly (two hours)
+    python tests/measure.py left-out   five epochs each on nine digits; the tenth is the anomaly (an hour)
     python tests/measure.py samples    how good samples are, by a classifier
     python tests/measure.py card       writes the tables of the model card from all this (seconds)
 

@@ -580,6 +580,23 @@ def test_two_runs_do_not_share_a_checkpoint(few, best):
     assert child.exitcode == 0 and len(utils.load_checkpoint(best).metadata["history"]) == 20
 
 
+def test_a_lock_file_that_cannot_be_deleted_while_it_is_open_is_no_error(few, best, monkeypatch):
+    """As on Windows."""
+    unlink = os.unlink
+
+    def refused(path, *args, **options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        return unlink(path, *args, **options)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    monkeypatch.setattr(os, "remove", refused)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: refused(path) if path.exists() or not missing_ok else None)
+    train(few, best, epochs=1)
+    train(few, best, epochs=2)
+    assert utils.load_checkpoint(best).metadata["epoch"] == 2
+
+
 # numbers that go wrong
 
 
