@@ -757,13 +757,18 @@ def _pack(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
 
 
 def _to_json(metadata: dict) -> str:
-    """The metadata as JSON; ValueError unless they come back from it as they were."""
-    with contextlib.suppress(TypeError, ValueError, RecursionError):
-        text = json.dumps(metadata, allow_nan=False)
-        if json.loads(text) == metadata:
-            return text
-    raise ValueError("metadata must be plain values: text, finite numbers, bool, None, and lists and dicts of them, "
-                     "not nested too deep, with text as keys")
+    if not _is_plain(metadata):
+        raise ValueError("metadata must be plain values: text, finite numbers, bool, None, and lists and dicts of them, "
+                         "not nested deeper than 20, with text as keys")
+    return json.dumps(metadata)
+
+
+def _is_plain(value, depth: int = 20) -> bool:
+    """Whether a value comes back from JSON as it was."""
+    if type(value) in (dict, list) and depth:
+        items = list(value.values()) if type(value) is dict else value
+        return all(type(key) is str for key in value if items is not value) and all(_is_plain(item, depth - 1) for item in items)
+    return type(value) in (str, int, bool, type(None)) or type(value) is float and math.isfinite(value)
 
 
 def _unpack(kind: str, content: bytes, path: Path) -> tuple[dict, dict]:
@@ -854,8 +859,8 @@ def _lock(path: Path):
 class _Run:
     """One training: what its epochs change, and the two files that keep it, the best checkpoint and the state to go on from.
 
-    Every save replaces whole files, the best before the state: a run killed between the two repeats that epoch and
-    writes the same best again. What stands there of another run is moved aside before the first save.
+    Every save replaces whole files, the state before the best, which is written anew from the state where a run was killed
+    between the two. What stands there of another run is moved aside before the first save.
     """
 
     def __init__(self, model: VAE, settings: dict, metadata: dict, checkpoint: str | Path | None, resume: bool):
@@ -863,7 +868,7 @@ class _Run:
         self.model, self.average, self.best = model, copy.deepcopy(model), copy.deepcopy(model)
         self.optimizer, self.history, self.id = _adam(model, settings["learning_rate"]), [], uuid.uuid4().hex
         self.metadata, self.settings, self.resume = metadata, {**metadata, **settings}, resume
-        self.kept, self.alone = 0, False  # epochs on disk; whether the files there are this run's
+        self.kept, self.unsaved, self.alone = 0, False, False  # epochs on disk; alone: no other run's files are there
         self.machine = f"{_device(model).type} with {torch.get_num_threads()} threads, torch {torch.__version__}"
         self.path = None if checkpoint is None else _path("checkpoint", checkpoint)
         if self.path is not None:
@@ -898,8 +903,10 @@ class _Run:
         except (FileNotFoundError, CheckpointError, LookupError, TypeError, ValueError):
             return  # nothing there, or nothing of use, which is moved aside
         self.history, self.id, self.resume, self.kept, self.alone = history, run, resume, len(rows), True
-        if self._best_there().get("run") != run:  # missing, damaged or another run's: it is written anew from the state
+        there = self._best_there()
+        if there.get("run") != run:  # missing, damaged or another run's
             self._move_aside(self.path)
+        if there.get("history") != history:
             self._save()
         print("\n".join(rows))
         if self.kept == epochs:
@@ -914,12 +921,13 @@ class _Run:
         self.history.append(row)
         if self._best_row() is row:
             self.best.load_state_dict(self.average.state_dict())
+        self.unsaved = True
         self.save("training goes on, and saving is tried again after the next epoch")
 
     def save(self, otherwise: str) -> None:
         """A disk that fails costs a warning, not the training."""
         try:
-            if self.path is not None and self.kept < len(self.history):
+            if self.path is not None and self.unsaved:
                 self._save()
         except CheckpointError as error:
             warnings.warn(f"{error}; {otherwise}", stacklevel=3)
@@ -942,11 +950,12 @@ class _Run:
         if not self.alone:
             self._move_aside(self.path, self.state_path)
             self.alone = True
-        _write(self.path, _pack_model(self.best, self.about()))
         header = {key: self.about()[key] for key in ("settings", "history", "run")}
         header |= {"resume": self.resume, "machine": self.machine}
         _write(self.state_path, _pack("run", header, self.tensors()))
         self.kept = len(self.history)
+        _write(self.path, _pack_model(self.best, self.about()))
+        self.unsaved = False
 
     def _best_there(self) -> dict:
         """The metadata of the best checkpoint that stands there; none if it cannot be read."""

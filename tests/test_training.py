@@ -46,6 +46,10 @@ def saved_tensors(path):
 KEPT = ["vae_digits_best.pt", "vae_digits_best.resume.pt"]
 
 
+class Stop(Exception):
+    pass
+
+
 # learning
 
 
@@ -380,10 +384,6 @@ def test_no_run_writes_a_reference(few, tmp_path):
 # interruption
 
 
-class Stop(Exception):
-    pass
-
-
 @contextlib.contextmanager
 def during_epoch(monkeypatch, epoch, action):
     """Do something in the middle of a run: when the validation of an epoch begins."""
@@ -429,21 +429,43 @@ def test_an_interrupt_says_what_is_kept_and_the_next_call_goes_on(few, best, mon
     assert f"going on after epoch {epoch - 1}" in capsys.readouterr().out
 
 
-def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monkeypatch):
+@pytest.mark.parametrize("at, epochs, says", [(3, 1, "1 finished epoch is kept"), (4, 2, "2 finished epochs are kept")])
+def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monkeypatch, at, epochs, says):
+    """At the second epoch's state, and at its best checkpoint, which the next call then writes from the state."""
     replace, calls = os.replace, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 4:  # the state of the second epoch
+        if len(calls) == at:
             raise KeyboardInterrupt
         return replace(*args)
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="1 finished epoch is kept"):
+    with pytest.raises(KeyboardInterrupt, match=says):
         train(few, best)
     monkeypatch.undo()
     assert files(best.parent) == KEPT, "half-written files are left"
-    assert len(json.loads(torch.load(best.parent / KEPT[1])["header"])["history"]) == 1
+    assert len(json.loads(torch.load(best.parent / KEPT[1])["header"])["history"]) == epochs
+    train(few, best)
+    assert len(utils.load_checkpoint(best).metadata["history"]) == 3 and files(best.parent) == KEPT
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_killed_in_its_first_save_leaves_no_litter(few, best, monkeypatch, at):
+    replace, calls = os.replace, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise Stop
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Stop):
+        train(few, best)
+    monkeypatch.undo()
+    train(few, best)
+    assert files(best.parent) == KEPT
 
 
 EPOCHS = 90
