@@ -864,7 +864,7 @@ class _Run:
     """
 
     def __init__(self, model: VAE, settings: dict, metadata: dict, checkpoint: str | Path | None, resume: bool):
-        _to_json(metadata)
+        _to_json({"metadata": {"settings": metadata}})  # now, and as deep as they will be saved, not after an epoch
         self.model, self.average, self.best = model, copy.deepcopy(model), copy.deepcopy(model)
         self.optimizer, self.history, self.id = _adam(model, settings["learning_rate"]), [], uuid.uuid4().hex
         self.metadata, self.settings, self.resume = metadata, {**metadata, **settings}, resume
@@ -950,8 +950,8 @@ class _Run:
         if not self.alone:
             self._move_aside(self.path, self.state_path)
             self.alone = True
-        header = {key: self.about()[key] for key in ("settings", "history", "run")}
-        header |= {"resume": self.resume, "machine": self.machine}
+        header = {"settings": self.settings, "history": self.history, "run": self.id, "resume": self.resume,
+                  "machine": self.machine}
         _write(self.state_path, _pack("run", header, self.tensors()))
         self.kept = len(self.history)
         _write(self.path, _pack_model(self.best, self.about()))

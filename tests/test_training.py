@@ -328,6 +328,21 @@ def test_metadata_that_are_not_plain_are_refused_before_anything_is_written(few,
     assert not best.parent.exists()
 
 
+@pytest.mark.parametrize("depth", range(15, 22))
+def test_metadata_are_refused_at_once_or_kept(few, best, depth):
+    """However deep they are nested: never after an epoch."""
+    nest = []
+    for _ in range(depth):
+        nest = [nest]
+    try:
+        train(few, best, epochs=1, metadata={"nest": nest})
+    except ValueError:
+        assert not best.parent.exists()
+    else:
+        assert utils.load_checkpoint(best).metadata["nest"] == nest
+        assert depth < 18, "deeper than the limit"
+
+
 @pytest.mark.parametrize("part", ["model/", "average/", "best/", "step/", "exp_avg/", "exp_avg_sq/"])
 @pytest.mark.parametrize("change", ["shape", "dtype", "nan", "missing", "kind"])
 def test_a_state_that_does_not_fit_is_not_loaded(few, best, part, change):
@@ -400,6 +415,19 @@ def during_epoch(monkeypatch, epoch, action):
         yield
 
 
+def during_write(monkeypatch, number, error):
+    """Raise an error where the file of that number, counted from one, would be moved to its place."""
+    replace, calls = os.replace, []
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise error
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", counted)
+
+
 def stop(error):
     def action():
         raise error
@@ -432,15 +460,7 @@ def test_an_interrupt_says_what_is_kept_and_the_next_call_goes_on(few, best, mon
 @pytest.mark.parametrize("at, epochs, says", [(3, 1, "1 finished epoch is kept"), (4, 2, "2 finished epochs are kept")])
 def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monkeypatch, at, epochs, says):
     """At the second epoch's state, and at its best checkpoint, which the next call then writes from the state."""
-    replace, calls = os.replace, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return replace(*args)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    during_write(monkeypatch, at, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt, match=says):
         train(few, best)
     monkeypatch.undo()
@@ -452,15 +472,7 @@ def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monke
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_run_killed_in_its_first_save_leaves_no_litter(few, best, monkeypatch, at):
-    replace, calls = os.replace, []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == at:
-            raise Stop
-        return replace(*args)
-
-    monkeypatch.setattr(os, "replace", killed)
+    during_write(monkeypatch, at, Stop)
     with pytest.raises(Stop):
         train(few, best)
     monkeypatch.undo()
@@ -568,15 +580,7 @@ def test_a_disk_that_fills_costs_no_checkpoint_and_no_training(few, best, epoch)
 
 
 def test_a_save_that_failed_once_is_made_up_for(few, best, monkeypatch):
-    replace, calls = os.replace, []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 5:  # the last epoch's
-            raise OSError(28, "No space left on device")
-        return replace(*args)
-
-    monkeypatch.setattr(os, "replace", failing)
+    during_write(monkeypatch, 5, OSError(28, "No space left on device"))  # the last epoch's
     with pytest.warns(UserWarning, match="No space left on device"):
         model, _ = train(few, best)
     assert same_weights(model, utils.load_checkpoint(best)) and utils.load_checkpoint(best).metadata["epoch"] == 3
