@@ -11,7 +11,7 @@ and averaged over images, in nats per image. A figure named `loss` is BCE + beta
 z; with beta = 1 it is the negative evidence lower bound, -ELBO. A picture shows the decoded mean.
 
 `vae_mnist_training.ipynb` uses the first half (data to checkpoints) and `evaluate`;
-`vae_mnist_analysis_visualizations.ipynb` uses data, `load_checkpoint` and the second half.
+`vae_mnist_analysis_visualizations.ipynb` uses data, `load_best` and the second half.
 """
 
 import contextlib
@@ -29,10 +29,11 @@ import random
 import re
 import sys
 import time
+import types
 import urllib.request
-import uuid
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,20 +43,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy import ndimage
+from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
+from torchvision.datasets import MNIST
+from torchvision.transforms.functional import InterpolationMode, rotate
 from tqdm import tqdm
+
+MAX_SEED = 2**32 - 1
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch.
-
-    On a CPU the same seed and number of threads then repeat a run bit for bit. On CUDA and MPS the initial weights,
-    the order of the images and the noise repeat, while sums may round differently from run to run.
-    """
-    _check_seed(seed)
+    """Seed Python, NumPy and torch: on a CPU, a run with the same number of threads then repeats bit for bit; on CUDA
+    and MPS the weights, the order of the images and the noise repeat, while sums may round differently."""
+    _check("seed", seed, 0, MAX_SEED)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -64,17 +67,37 @@ def seed_everything(seed: int) -> None:
 
 def pick_device() -> torch.device:
     """The accelerator (CUDA, then Apple's MPS) if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+def _check(name: str, value, low: float = 0, high: float = math.inf, kind: type = int) -> None:
+    """ValueError, by name, unless a value is an integer, a finite number (float) or a truth value (bool) in its range."""
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or not low <= value <= high or value == math.inf:
+        what = {int: "an integer", float: "a finite number", bool: "True or False"}[kind]
+        bounds = "" if kind is bool else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:.10g}"
+        raise ValueError(f"{name} is {value!r}; it must be {what}{bounds}")
 
-# The four raw files of MNIST: size in bytes and MD5 of the uncompressed file.
-MNIST_FILES = {
+
+def _check_images(images: Tensor, name: str = "images", values: bool = True) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        raise ValueError(f"{name} must be a float32 tensor, not {getattr(images, 'dtype', type(images).__name__)}")
+    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or len(images) == 0:
+        raise ValueError(f"{name} must have the shape (N, 1, 28, 28) with N at least 1, not {tuple(images.shape)}")
+    low, high = map(float, images.aminmax()) if values else (0, 1)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], " + ("without NaN" if math.isnan(low) else f"not from {low:g} to {high:g}"))
+
+
+def _path(name: str, value: str | Path) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
+        raise ValueError(f"{name} is {value!r}; it must be the name of a file or folder")
+    return Path(value)
+
+
+# ---------------------------------------- Data ----------------------------------------
+
+MNIST_FILES = {  # size in bytes and MD5 of the uncompressed files
     "train-images-idx3-ubyte": (47040016, "6bbc9ace898e44ae57da46a324031adb"),
     "train-labels-idx1-ubyte": (60008, "a25bea736e30d166cdddb491f175f624"),
     "t10k-images-idx3-ubyte": (7840016, "2646ac647ad5339dbf082846283269ea"),
@@ -104,107 +127,92 @@ def load_images(source: str = "auto", root: str | Path = "data", val_size: int =
 
     source: "mnist" takes the files under `root`/MNIST/raw, or downloads them there; "digits" takes the
     1,797 digits that come with scikit-learn, so that everything runs with no network; "auto" is MNIST
-    if it can be had within seconds, else the digits, with a warning.
-    `val_size` images (of the digits at most 180) are held out of the training images by `seed`;
-    the test images never change.
-
+    if it can be had within seconds, else the digits, with a warning. `val_size` images (of the digits
+    at most 180) are held out of the training images by `seed`; the test images never change.
     Raises ValueError for a bad argument or a damaged file, FileNotFoundError where MNIST cannot be had.
     """
     if source not in ("auto", "mnist", "digits"):
         raise ValueError(f'source is {source!r}; it must be "auto", "mnist" or "digits"')
-    _check_number("val_size", val_size, 1, 59_999)
-    _check_seed(seed)
-    if source != "digits":
-        try:
-            return _load_mnist(_path("root", root) / "MNIST" / "raw", val_size, seed, DOWNLOAD_SECONDS[source])
-        except FileNotFoundError as error:
-            if source == "mnist":
-                raise
-            rule = "!" * 80
-            warnings.warn(f"\n{rule}\nNOT MNIST: {error}\nGoing on with scikit-learn's 1,797 small digits. They show "
-                          f"that everything runs;\ntheir figures cannot be set beside MNIST's.\n{rule}", stacklevel=2)
-    return _load_digits(val_size, seed)
+    _check("val_size", val_size, 1, 59_999)
+    _check("seed", seed, 0, MAX_SEED)
+    raw, name = _path("root", root) / "MNIST" / "raw", "digits" if source == "digits" else "mnist"
+    try:
+        train, test = _digits() if name == "digits" else _mnist(raw, DOWNLOAD_SECONDS[source])
+    except FileNotFoundError as error:
+        if source == "mnist":
+            raise
+        rule = "!" * 80
+        warnings.warn(f"\n{rule}\nNOT MNIST: {error}\nGoing on with scikit-learn's 1,797 small digits. They show that "
+                      f"everything runs;\ntheir figures cannot be set beside MNIST's.\n{rule}", stacklevel=2)
+        name, (train, test) = "digits", _digits()
+    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(seed))
+    val, rest = order.tensor_split([min(val_size, 180) if name == "digits" else val_size])
+    return Data(name, Split(*(x[rest] for x in train)), Split(*(x[val] for x in train)), test)
 
 
 def leave_out(data: Data, digit: int | None) -> Data:
     """The data without one digit, 0 to 9, in any of the splits; all of it for None."""
     if digit is None:
         return data
-    _check_number("the digit to leave out", digit, 0, 9)
+    _check("the digit to leave out", digit, 0, 9)
     return Data(data.name, *(Split(*(x[split.labels != digit] for x in split)) for split in data[1:]))
 
 
-def _load_mnist(raw: Path, val_size: int, seed: int, seconds: float) -> Data:
-    content = {name: _read_mnist_file(raw / name) for name in MNIST_FILES}
-    missing = [name for name, found in content.items() if found is None]
-    if missing:
-        try:
-            content |= _download_mnist(missing, seconds)
-            for name in missing:
-                _write(raw / name, content[name])
-        except (OSError, CheckpointError) as error:
-            raise FileNotFoundError(f"MNIST is not in {raw} and could not be brought there ({error}): put the files "
-                                    f"{', '.join(missing)} there, or load the source \"digits\"") from None
-    bytes_of = {name: torch.frombuffer(bytearray(found), dtype=torch.uint8) for name, found in content.items()}
-    train, test = (Split(bytes_of[f"{part}-images-idx3-ubyte"][16:].view(-1, 1, 28, 28) / 255,
-                         bytes_of[f"{part}-labels-idx1-ubyte"][8:].long()) for part in ("train", "t10k"))
-    return _split("mnist", train, test, val_size, seed)
-
-
-def _read_mnist_file(path: Path) -> bytes | None:
-    """None if there is no such file; ValueError, naming it, if it is not what MNIST's authors published."""
-    size, md5 = MNIST_FILES[path.name]
-    if not os.path.lexists(path):
-        return None
+def _mnist(raw: Path, seconds: float) -> tuple[Split, Split]:
+    """MNIST's training and test images from the four files in `raw`; those that are missing are first downloaded."""
+    missing, deadline = [name for name in MNIST_FILES if not os.path.lexists(raw / name)], time.monotonic() + seconds
     try:
-        found = path.stat().st_size if path.is_file() else None
-        content = path.read_bytes() if found == size else b""
+        for name, content in {name: _download(name, deadline) for name in missing}.items():
+            _write(raw / name, content)
+    except (OSError, CheckpointError) as error:
+        raise FileNotFoundError(f"MNIST is not in {raw} and could not be brought there ({error}): put the files "
+                                f"{', '.join(missing)} there, or load the source \"digits\"") from None
+    return tuple(Split(_read_mnist_file(raw / f"{part}-images-idx3-ubyte")[16:].view(-1, 1, 28, 28) / 255,
+                       _read_mnist_file(raw / f"{part}-labels-idx1-ubyte")[8:].long()) for part in ("train", "t10k"))
+
+
+def _read_mnist_file(path: Path) -> Tensor:
+    """The bytes of a raw file; ValueError, naming it, if it is not what MNIST's authors published."""
+    size, md5 = MNIST_FILES[path.name]
+    try:
+        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "not a file"
+        content = path.read_bytes() if found == f"{size:,} bytes" else b""
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): put MNIST's file there") from None
+        found, content = error.strerror, b""
     if hashlib.md5(content).hexdigest() != md5:
-        what = "not a file" if found is None else f"{found:,} bytes"
-        raise ValueError(f"{path} is not MNIST's file ({what}; MNIST's has {size:,} bytes and the MD5 {md5}): "
+        raise ValueError(f"{path} is not MNIST's file ({found}; MNIST's has {size:,} bytes and the MD5 {md5}): "
                          "delete it, and it is downloaded again")
-    return content
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _download_mnist(names: list[str], seconds: float) -> dict[str, bytes]:
-    """The raw files by name, unpacked and checked, from the first of torchvision's mirrors that answers; OSError if none."""
-    from torchvision.datasets import MNIST
-
-    print("Downloading MNIST (11 MB) ...", flush=True)
-    deadline, failure, content = time.monotonic() + seconds, OSError("no mirror"), {}
-    for mirror in MNIST.mirrors:
+def _download(name: str, deadline: float) -> bytes:
+    """A raw file, unpacked and checked, from the first of torchvision's mirrors that has it; OSError, saying why, if none."""
+    size, md5 = MNIST_FILES[name]
+    for url in [f"{mirror}{name}.gz" for mirror in MNIST.mirrors]:
+        print(f"Downloading {url} ...", flush=True)
         try:
-            for name in names:
-                packed = b""
-                with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=min(10, seconds)) as reply:
-                    while chunk := reply.read1():
-                        packed += chunk
-                        if time.monotonic() > deadline:
-                            raise TimeoutError(f"gave up after {seconds} s")
-                size, md5 = MNIST_FILES[name]
-                content[name] = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(size + 1)
-                if hashlib.md5(content[name]).hexdigest() != md5:
-                    raise OSError(f"{name} did not arrive whole")
-            return content
+            packed = b""
+            with urllib.request.urlopen(url, timeout=10) as reply:
+                while chunk := reply.read1():
+                    packed += chunk
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("it takes too long")
+            content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(size + 1)
+            if hashlib.md5(content).hexdigest() == md5:
+                return content
+            reason = "it did not arrive whole"
         except Exception as error:  # whatever the network does, the reason is told
-            failure = OSError(f"{mirror}: {getattr(error, 'reason', None) or error or type(error).__name__}")
-        if time.monotonic() > deadline:
-            break
-    raise failure
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+    raise OSError(f"{url}: {reason}")
 
 
-def _load_digits(val_size: int, seed: int) -> Data:
+def _digits() -> tuple[Split, Split]:
     """scikit-learn's 8x8 digits, brought to 28x28 the way MNIST was made."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     images = torch.stack([_like_mnist(torch.tensor(x, dtype=torch.float32) / 16, contrast=2) for x in digits.images])
     labels = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, rest = order[:360], order[360:]
-    return _split("digits", Split(images[rest], labels[rest]), Split(images[test], labels[test]), min(val_size, 180), seed)
+    test, train = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tensor_split([360])
+    return Split(images[train], labels[train]), Split(images[test], labels[test])
 
 
 def read_digit(path: str | Path) -> Tensor:
@@ -224,28 +232,24 @@ def read_digit(path: str | Path) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             grey = _grey(ImageOps.exif_transpose(picture))
     except Exception as error:  # whatever Pillow stumbles over
-        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a picture: {why}") from None
+        raise ValueError(f"{path} cannot be read as a picture: {error or type(error).__name__}") from None
     paper = _paper(grey)
-    ink = ndimage.gaussian_filter(grey - paper, 1)
-    least = max(0.08, 5 * 1.4826 * np.median(np.abs(ink)))  # five standard deviations of the paper's noise, or just visible
-    if ink[np.abs(ink) > least].sum() < 0:  # dark on light: what shines back is paper and ink multiplied
-        grey, ink = 1 - grey / paper.clip(0.1), -ink / paper.clip(0.1)
-    else:
-        grey = grey - paper
-    if not (ink > least).any():
+    ink = grey - paper
+    if (ndimage.gaussian_filter(ink, 1) ** 3).sum() < 0:  # dark on light: what shines back is paper and ink multiplied
+        ink = -ink / paper.clip(0.1)
+    soft = ndimage.gaussian_filter(ink, 1)
+    full = ink[soft >= 0.6 * soft.max()].mean()  # the level of a stroke's inside
+    if full < 0.1:
         raise ValueError(f"{path} shows no digit: there is no ink on it")
-    full = np.quantile(ink[ink > least], 0.85)  # the level of a stroke's inside
-    pieces, number = ndimage.label(ink > max(least, 0.2 * full), np.ones((3, 3)))
-    sizes, peaks = np.bincount(pieces.ravel())[1:], np.array(ndimage.maximum(ink, pieces, range(1, number + 1)))
-    large = 1 + np.flatnonzero((sizes > 0.05 * sizes.max()) & (peaks > 0.5 * full))  # the rest are specks
+    pieces = ndimage.label(soft > 0.25 * full, np.ones((3, 3)))[0]
+    sizes = np.bincount(pieces.ravel())[1:]
+    large = 1 + np.flatnonzero(sizes > 0.05 * sizes.max())  # the rest are specks
     stroke = np.isin(pieces, large)
     side = max(np.ptp(where) + 1 for where in stroke.nonzero())
     if side < 8 or len(large) > 3 or stroke.sum() > 0.7 * side**2:
         raise ValueError(f"{path} does not show one digit: {len(large)} pieces of ink, the whole {side} pixels large, "
                          f"{stroke.sum() / side**2:.0%} of it covered")
-    ink = np.where(stroke, (grey / full).clip(0.01, 1), 0)
-    return _like_mnist(torch.tensor(ink, dtype=torch.float32), contrast=1)[None]
+    return _like_mnist(torch.tensor(np.where(stroke, (ink / full).clip(0.01, 1), 0), dtype=torch.float32), contrast=1)[None]
 
 
 def _grey(picture: Image.Image) -> np.ndarray:
@@ -271,66 +275,22 @@ def _paper(grey: np.ndarray) -> np.ndarray:
     return paper.reshape(grey.shape)
 
 
-def _split(name: str, train: Split, test: Split, val_size: int, seed: int) -> Data:
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(seed))
-    val, rest = order[:val_size], order[val_size:]
-    return Data(name, Split(train.images[rest], train.labels[rest]), Split(train.images[val], train.labels[val]), test)
-
-
 def _like_mnist(ink: Tensor, contrast: float) -> Tensor:
     """Scale the ink's bounding box to 20 pixels, put its centre of mass in the middle: (h, w) -> (1, 28, 28)."""
-    rows, columns = ink.sum(1).nonzero(), ink.sum(0).nonzero()
-    box = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    box = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
     scale = 20 / max(box.shape)
     size = [max(1, round(side * scale)) for side in box.shape]
     ink = F.interpolate(box[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)  # strokes as crisp as MNIST's
-    mass = ink.sum()
-    top = round(14 - float((ink.sum(1) * torch.arange(size[0])).sum() / mass))
-    left = round(14 - float((ink.sum(0) * torch.arange(size[1])).sum() / mass))
-    top, left = min(max(top, 0), 28 - size[0]), min(max(left, 0), 28 - size[1])
+    centre = ndimage.center_of_mass(ink.numpy())
+    top, left = (min(max(round(14 - middle), 0), 28 - side) for middle, side in zip(centre, size))
     return F.pad(ink, (left, 28 - size[1] - left, top, 28 - size[0] - top))[None]
 
 
-def _check_images(images: Tensor, name: str = "images", values: bool = True) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.float32:
-        raise ValueError(f"{name} must be a float32 tensor, not {getattr(images, 'dtype', type(images).__name__)}")
-    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or len(images) == 0:
-        raise ValueError(f"{name} must have the shape (N, 1, 28, 28) with N at least 1, not {tuple(images.shape)}")
-    if not values:
-        return
-    low, high = (float(value) for value in images.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} must lie in [0, 1], " + ("without NaN" if math.isnan(low) else f"not in [{low:g}, {high:g}]"))
-
-
-def _check_number(name: str, value: float, low: float, high: float = math.inf, integer: bool = True) -> None:
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
-        bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:.10g}"
-        raise ValueError(f"{name} is {value!r}; it must be {'an integer' if integer else 'a finite number'} {bound}")
-
-
-def _check_seed(seed: int) -> None:
-    _check_number("seed", seed, 0, 2**32 - 1)
-
-
-def _check_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be True or False")
-
-
-def _path(name: str, value: str | Path) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
-        raise ValueError(f"{name} is {value!r}; it must be the name of a file or folder")
-    return Path(value)
-
-
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Model ----------------------------------------
 
 MAX_LATENT_DIM = 1024
+BATCH = 500  # images at a time where nothing is trained
 
 
 class Residual(nn.Sequential):
@@ -383,12 +343,8 @@ class Decoder(nn.Module):
 
 def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """z = mu + sigma * eps with eps ~ N(0, I), so that gradients reach mu and logvar: (B, D), (B, D) -> (B, D)."""
-    return mu + (0.5 * _bounded(logvar)).exp() * _normal_like(mu, generator)
-
-
-def _normal_like(mu: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = mu.device if generator is None else generator.device
-    return torch.randn(mu.shape, generator=generator, device=device, dtype=mu.dtype).to(mu.device)
+    eps = torch.randn(mu.shape, generator=generator, device=generator.device if generator else mu.device).to(mu.device)
+    return mu + (0.5 * _bounded(logvar)).exp() * eps
 
 
 def _bounded(logvar: Tensor) -> Tensor:
@@ -405,8 +361,8 @@ class VAE(nn.Module):
 
     def __init__(self, latent_dim: int = 32, variational: bool = True):
         super().__init__()
-        _check_number("latent_dim", latent_dim, 1, MAX_LATENT_DIM)
-        _check_bool("variational", variational)
+        _check("latent_dim", latent_dim, 1, MAX_LATENT_DIM)
+        _check("variational", variational, kind=bool)
         self.latent_dim, self.variational = latent_dim, variational
         self.encoder, self.decoder = Encoder(latent_dim), Decoder(latent_dim)
         self.to(memory_format=torch.channels_last)  # the faster layout for convolutions on the CPU
@@ -435,17 +391,14 @@ class VAE(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n images (n, 1, 28, 28) decoded from z ~ N(0, I), the prior (which a plain autoencoder was never taught)."""
-        _check_number("n", n, 1)
-        return self.draw(_normal_like(torch.empty(n, self.latent_dim), generator))
+        _check("n", n, 1)
+        return self.draw(torch.randn(n, self.latent_dim, generator=generator, device=generator.device if generator else "cpu"))
 
     @torch.no_grad()
     def draw(self, z: Tensor) -> Tensor:
         """Codes (N, D) -> the images that they stand for, (N, 1, 28, 28) in [0, 1]; in batches, as in eval mode."""
         with _evaluating(self):
             return torch.cat([self.decode(part.to(_device(self))).sigmoid() for part in z.split(BATCH)])
-
-
-BATCH = 500  # images at a time where nothing is trained
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -463,9 +416,7 @@ def _evaluating(model: nn.Module):
         model.train(training)
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Loss ----------------------------------------
 
 
 class Loss(NamedTuple):
@@ -502,9 +453,7 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Training ----------------------------------------
 
 WEIGHT_DECAY = 0.1  # of the dense layers, which narrows the gap between training and validation
 
@@ -520,35 +469,35 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
         seed: int = 0, metadata: dict | None = None) -> list[dict]:
     """Train with Adam; return the history, a row per epoch; leave the best epoch's weights and metadata in the model.
 
-    `learning_rate` is the initial rate, which doubles before it falls: see `learning_rate_at`.
-    A row holds epoch, train_loss, train_bce, train_kl, val_loss, val_bce, val_kl (nats per image), learning_rate (at the
-    epoch's start) and seconds. The training figures are averages over an epoch in which the weights move; the validation
-    figures, on a sampled z from a fixed seed, are those of the weights' running average after it, which is what is kept.
+    `learning_rate` is the initial rate, which doubles before it falls: see `learning_rate_at`. A row holds epoch, train_loss,
+    train_bce, train_kl, val_loss, val_bce, val_kl (nats per image), learning_rate (at the epoch's start) and seconds: in
+    training averages over an epoch in which the weights move, in validation those of the weights' running average after it.
 
-    `checkpoint` is kept at the epoch with the lowest validation loss, with `metadata` (plain values such as the name of
-    the data) beside its own. Next to it, `<name>.resume.pt` keeps what it takes to go on: an interrupted run continues
-    after its last finished epoch (bit for bit on the same machine, device and number of threads), a finished one is not
-    trained again. With any other setting a new run starts, and what stood there is kept beside it under another name;
-    so it is with `resume=False`, which after an interrupt goes on with the run that it began itself.
+    `checkpoint` holds the epoch with the lowest validation loss, `metadata` (plain values such as the name of the data),
+    and, until the run is finished, what it takes to go on: an interrupted run continues after its last finished epoch (bit
+    for bit on the same machine, device and number of threads), a finished one is not trained again. With any other setting
+    a new run starts, and what stood there is kept beside it under another name; so it is with `resume=False`, which after
+    an interrupt goes on with the run that it began itself.
 
     Raises ValueError for a bad argument, CheckpointError if the folder cannot be written or another run is writing there,
     FloatingPointError if the loss stops being finite. A disk that fails later costs a warning, not the training.
     """
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
-    _check_number("epochs", epochs, 1)
-    _check_number("batch_size", batch_size, 1)
-    _check_number("learning_rate", learning_rate, 1e-12, integer=False)
-    _check_number("beta", beta, 0, integer=False)
-    _check_seed(seed)
-    _check_bool("resume", resume)
+    _check("epochs", epochs, 1)
+    _check("batch_size", batch_size, 1)
+    _check("learning_rate", learning_rate, 1e-12, kind=float)
+    _check("beta", beta, kind=float)
+    _check("seed", seed, 0, MAX_SEED)
+    _check("resume", resume, kind=bool)
+    digests = [hashlib.sha256(x.cpu().contiguous().numpy()).hexdigest()[:16] for x in (train_images, val_images)]
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": float(learning_rate), "beta": float(beta),
                 "seed": seed, "latent_dim": model.latent_dim, "variational": model.variational,
-                "train_images": _digest(train_images), "val_images": _digest(val_images)}
+                "train_images": digests[0], "val_images": digests[1]}
     run = _Run(model, settings, metadata or {}, checkpoint, resume)
     train_images, val_images = train_images.to(_device(model)), val_images.to(_device(model))
     steps = math.ceil(len(train_images) / batch_size)
-    with run.lock():
+    with _lock(run.path):
         run.restore()
         try:
             with _progress_bar(epochs * steps, len(run.history) * steps) as bar:
@@ -556,19 +505,19 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                     started = time.perf_counter()
                     train = _train_epoch(run, train_images, epoch, bar)
                     val = evaluate(run.average, val_images, num_samples=1, beta=beta)
-                    if not math.isfinite(val.loss):
-                        raise FloatingPointError(_not_finite(f"in the validation after epoch {epoch}"))
-                    run.add({"epoch": epoch, **{f"train_{k}": v for k, v in train._asdict().items()},
-                             **{f"val_{k}": v for k, v in val._asdict().items()},
+                    if not math.isfinite(train.loss + val.loss):
+                        raise FloatingPointError(f"the loss is not finite at epoch {epoch}: training stops, what earlier epochs "
+                                                 "saved is kept; try a lower learning rate")
+                    run.add({"epoch": epoch, **{f"train_{key}": value for key, value in train._asdict().items()},
+                             **{f"val_{key}": value for key, value in val._asdict().items()},
                              "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
                              "seconds": time.perf_counter() - started})
                     bar.write(_format_row(run.history[-1], epochs))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(run.what_is_kept()) from None
+            raise KeyboardInterrupt(f"Stopped; finished epochs kept in {run.path}: {run.kept}; run again to go on") from None
         run.save("the trained weights are in memory alone: utils.save_checkpoint(PATH, model) saves them in another place")
     model.load_state_dict(run.best.state_dict())
-    model.eval()
-    model.metadata = run.about()
+    model.eval().metadata = run.about()
     return run.history
 
 
@@ -601,24 +550,16 @@ def _train_epoch(run: "_Run", images: Tensor, epoch: int, bar: tqdm) -> Loss:
             torch._foreach_lerp_(averaged, current, 1.0 if first else min(1.0, 10 * interval / len(batches)))
         losses[step] = torch.stack(loss).detach()
         bar.update()
-    losses = losses.cpu().double()
-    if not losses.isfinite().all():
-        step = int((~losses.isfinite()).any(1).nonzero()[0])
-        raise FloatingPointError(_not_finite(f"at epoch {epoch}, step {step + 1}"))
     sizes = torch.tensor([len(rows) for rows in batches]).double()
-    return Loss(*(sizes @ losses / sizes.sum()).tolist())  # every image weighted the same, the short last batch too
+    return Loss(*(sizes @ losses.cpu().double() / sizes.sum()).tolist())  # every image weighted the same, in a short batch too
 
 
-def _not_finite(where: str) -> str:
-    return f"the loss is not finite {where}: training stops, what earlier epochs saved is kept; try a lower learning rate"
-
-
-def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
     """Adam, with decoupled weight decay (AdamW: Loshchilov & Hutter, 2019) of the dense layers' matrices alone."""
     dense = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
     groups = [{"params": [p for p in model.parameters() if p not in dense], "weight_decay": 0.0},
               {"params": [p for p in model.parameters() if p in dense], "weight_decay": WEIGHT_DECAY}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=_device(model).type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(groups, fused=_device(model).type in ("cpu", "cuda"))
     for p in model.parameters():  # as Adam itself would at its first step; here they are there to be restored before it
         optimizer.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -633,34 +574,22 @@ def _format_row(row: dict, epochs: int) -> str:
 def _progress_bar(total: int, initial: int) -> tqdm:
     """tqdm's bar in a terminal; in a notebook the same bar in one output that is redrawn, with no widget to go stale."""
     options = {"total": total, "initial": initial, "unit": "batch", "leave": False, "mininterval": 0.5, "ascii": False}
-    if "ipykernel" in sys.modules and not sys.stderr.isatty():
-        return tqdm(**options, ncols=90, file=_RedrawnOutput())
-    return tqdm(**options, disable=not sys.stderr.isatty())
+    if "ipykernel" not in sys.modules or sys.stderr.isatty():
+        return tqdm(**options, disable=not sys.stderr.isatty())
+    from IPython.display import display
+
+    output = display({"text/plain": ""}, raw=True, display_id=True)
+    redraw = types.SimpleNamespace(write=lambda text: output.update({"text/plain": text.strip()}, raw=True), flush=lambda: None)
+    return tqdm(**options, ncols=90, file=redraw)
 
 
-class _RedrawnOutput(io.StringIO):
-    """A file whose last line is what a notebook's output shows."""
+# ---------------------------------------- Checkpoints ----------------------------------------
 
-    def __init__(self):
-        from IPython.display import display
-
-        super().__init__()
-        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def write(self, text: str) -> None:
-        self.handle.update({"text/plain": text.strip()}, raw=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------
-
-# A file is what torch.save writes: a zip archive of tensors, two plain fields and one JSON text. Nothing else is read.
-FORMAT = 2  # raise it when an older reader could not understand a newer file
-MAX_BYTES = 2**26  # the state of the largest model has 45 MB
-MAX_OPCODES = 20_000  # of its pickle; that state's has 6,000
-GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage", "torch DoubleStorage",
-           "torch LongStorage"}
+# A file is what torch.save writes: a zip archive of tensors, a number and one JSON text. Nothing else is read.
+FORMAT = 2  # raise it when an older file can no longer be read
+MAX_BYTES = 2**26  # an unfinished run of the largest model has 45 MB
+MAX_OPCODES = 20_000  # of its pickle; that run's has 6,000
+GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict", "torch FloatStorage", "torch LongStorage"}
 
 
 class CheckpointError(RuntimeError):
@@ -673,8 +602,8 @@ def save_checkpoint(path: str | Path, model: VAE, **metadata) -> None:
     Raises ValueError for metadata that are not plain, CheckpointError where `path` cannot be written or the model could
     not be loaded again (NaN, another dtype): then what stood there before is untouched.
     """
-    path, content = _path("path", path), _pack_model(model, metadata)
-    _unpack_model(content, path)
+    path, content = _path("path", path), _pack(model, metadata)
+    _unpack(content, path)
     with _lock(path):
         _write(path, content)
 
@@ -685,43 +614,39 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> VAE
     Raises FileNotFoundError where there is none, CheckpointError where the file is not one of ours, whole and sound.
     """
     path = _path("path", path)
-    return _unpack_model(_read(path), path).to(device).eval()
+    return _unpack(_read(path), path)[0].to(device).eval()
 
 
 def checkpoint_path(folder: str | Path, data: str, autoencoder: bool = False, left_out: int | None = None,
                     which: str = "best") -> Path:
     """Where the notebooks keep a model: "best" is one's own, "reference" comes with the repository and is never written."""
-    _check_bool("autoencoder", autoencoder)
+    _check("autoencoder", autoencoder, kind=bool)
     without = "" if left_out is None else f"_without{left_out}"
     return _path("folder", folder) / f"{'ae' if autoencoder else 'vae'}_{data}{without}_{which}.pt"
 
 
 def load_best(folder: str | Path, data: str, autoencoder: bool = False, device: str | torch.device = "cpu") -> VAE:
     """One's own best model of these data where there is one, else the reference; says which. FileNotFoundError if none."""
-    for which, whose in (("best", "your own"), ("reference", "the reference")):
-        path = checkpoint_path(folder, data, autoencoder, which=which)
-        if os.path.lexists(path):
-            model = load_checkpoint(path, device)
-            if (there := model.metadata.get("data")) != data:
-                raise CheckpointError(f"{path} was trained on {there}, but {data} is loaded: move one of them away")
-            epoch, loss = (model.metadata.get(key, math.nan) for key in ("epoch", "val_loss"))
-            print(f"{path}: {whose}, epoch {epoch}, validation loss {loss:.2f} nats")
-            return model
-    raise FileNotFoundError(f"there is no {path.name.replace('reference', 'best')} or {path.name} in {folder}: "
-                            "vae_mnist_training.ipynb makes one")
+    best, reference = (checkpoint_path(folder, data, autoencoder, which=which) for which in ("best", "reference"))
+    path = best if os.path.lexists(best) else reference
+    model = load_checkpoint(path, device)
+    if (there := model.metadata.get("data")) != data:
+        raise CheckpointError(f"{path} was trained on {there}, but {data} is loaded: move one of them away")
+    epoch, loss = (model.metadata.get(key, math.nan) for key in ("epoch", "val_loss"))
+    print(f"{path}: {'your own' if path == best else 'the reference'}, epoch {epoch}, validation loss {loss:.2f} nats")
+    return model
 
 
 def compare_with_reference(model: VAE, test_loss: float) -> str:
     """One sentence: whether a test loss is what the same recipe gave over several seeds (models_mnist/reference.json)."""
     recipe = {"data": "mnist", "left_out": None, "epochs": 20, "batch_size": 64, "learning_rate": 1e-3, "beta": 1.0,
               "latent_dim": 32}
-    settings = model.metadata["settings"]
-    if any(settings.get(key) != value for key, value in recipe.items()):
+    if not recipe.items() <= model.metadata["settings"].items():
         return "No reference was measured for these settings."
     file = Path(__file__).parent / "models_mnist" / "reference.json"
     try:
         runs = json.loads(file.read_text())["test"]["vae" if model.variational else "ae32"]
-        losses = np.array([float(run["loss"]) for run in runs.values()])
+        losses = np.array([run["loss"] for run in runs.values()], dtype=float)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return f"There is nothing to compare with in {file}."
     mean, spread = losses.mean(), losses.std(ddof=1)
@@ -729,97 +654,93 @@ def compare_with_reference(model: VAE, test_loss: float) -> str:
     return f"expected {mean:.1f} +- {spread:.1f}, yours {test_loss:.1f}: {'as expected' if as_expected else 'check this'}"
 
 
-def _pack_model(model: VAE, metadata: dict) -> bytes:
+def _pack(model: VAE, metadata: dict, run: dict | None = None, state: dict[str, Tensor] | None = None) -> bytes:
+    """A file of a model, and, of an unfinished run, what it takes to go on: plain values `run` and tensors `state`."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return _pack("model", {"latent_dim": model.latent_dim, "variational": model.variational,
-                           "metadata": {"versions": versions, **metadata}}, model.state_dict())
-
-
-def _unpack_model(content: bytes, path: Path) -> VAE:
-    header, tensors = _unpack("model", content, path)
+    header = {"latent_dim": model.latent_dim, "variational": model.variational, "run": run or {},
+              "metadata": {"versions": versions, **metadata}}
     try:
-        with torch.random.fork_rng(devices=[]):  # building draws random weights, which must not disturb the caller's
-            model = VAE(header.get("latent_dim"), header.get("variational"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} describes a model that cannot be built: {error}") from None
-    model.metadata = header.get("metadata")
-    if not isinstance(model.metadata, dict):
-        raise CheckpointError(f"{path} has no metadata: it is not a checkpoint of this project")
-    _copy_tensors(tensors, model.state_dict(), path)
-    return model
-
-
-def _pack(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    torch.save({"format": FORMAT, "kind": kind, "header": _to_json(header), "tensors": tensors}, buffer)
+        text = json.dumps(header, allow_nan=False)
+        if json.loads(text) != header:
+            raise TypeError
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("metadata must be plain values: text, finite numbers, bool, None, and lists and dicts of them, with "
+                         "text as keys, not nested without end") from None
+    tensors, state = ({name: x.detach().cpu() for name, x in named.items()} for named in (model.state_dict(), state or {}))
+    torch.save({"format": FORMAT, "header": text, "tensors": tensors, "run": state}, buffer := io.BytesIO())
     return buffer.getvalue()
 
 
-def _to_json(metadata: dict) -> str:
-    if not _is_plain(metadata):
-        raise ValueError("metadata must be plain values: text, finite numbers, bool, None, and lists and dicts of them, "
-                         "not nested deeper than 20, with text as keys")
-    return json.dumps(metadata)
-
-
-def _is_plain(value, depth: int = 20) -> bool:
-    """Whether a value comes back from JSON as it was."""
-    if type(value) in (dict, list) and depth:
-        items = list(value.values()) if type(value) is dict else value
-        return all(type(key) is str for key in value if items is not value) and all(_is_plain(item, depth - 1) for item in items)
-    return type(value) in (str, int, bool, type(None)) or type(value) is float and math.isfinite(value)
-
-
-def _unpack(kind: str, content: bytes, path: Path) -> tuple[dict, dict]:
-    """Header and tensors of what `_pack` made. The archive is looked at before torch's loader is let near it: no entry
-    is compressed or overlaps another, all are whole by their CRC, and the pickle names tensors and dicts alone."""
+def _unpack(content: bytes, path: Path) -> tuple[VAE, dict, dict[str, Tensor]]:
+    """What `_pack` put together. The archive is looked at before torch's loader is let near it: no entry is compressed
+    or overlaps another, all are whole by their CRC, and the pickle names tensors and dicts alone."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > len(content):
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
                 raise ValueError("compressed or overlapping entries")
-            if (broken := archive.testzip()) is not None:
+            if broken := archive.testzip():
                 raise ValueError(f"{broken} is damaged")
-            pickled = archive.read(next(e for e in entries if e.filename.endswith("/data.pkl")))
+            pickled = archive.read(next(entry for entry in entries if entry.filename.endswith("/data.pkl")))
         for i, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
             if i >= MAX_OPCODES or "GLOBAL" in opcode.name and argument not in GLOBALS:
                 raise ValueError("more than tensors and plain values")
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if type(payload["format"]) is not int or payload["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        if type(payload["kind"]) is not str or payload["kind"] != kind:
-            raise ValueError(f"no {kind} in it")
-        header, tensors = json.loads(payload["header"]), payload["tensors"]
-        if isinstance(header, dict) and isinstance(tensors, dict):
-            return header, tensors
-        raise ValueError("no header")
+        header = json.loads(payload["header"])
+        with torch.random.fork_rng(devices=[]):  # building draws random weights, which must not disturb the caller's
+            model = VAE(header["latent_dim"], header["variational"])
+        _copy_tensors(payload["tensors"], model.state_dict())
+        model.metadata, run, state = header["metadata"], header.get("run", {}), payload.get("run", {})
+        if not all(isinstance(part, dict) for part in (model.metadata, run, state)):
+            raise ValueError("no metadata")
+        return model, run, state
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
-        raise CheckpointError(f"{path} is not a {kind} checkpoint of this project, or is damaged or was cut short "
-                              f"({str(error)[:80] or type(error).__name__})") from None
+        raise CheckpointError(f"{path} is not a checkpoint of this project, or is damaged or was cut short "
+                              f"({str(error)[:150] or type(error).__name__})") from None
 
 
-def _copy_tensors(tensors: dict, into: dict[str, Tensor], path: Path) -> None:
-    """Copy what was loaded into tensors of a model or a run; CheckpointError unless all fit by name, shape and dtype,
-    and are finite."""
-    if tensors.keys() != into.keys():
-        names = ", ".join(sorted(map(str, tensors.keys() ^ into.keys()))[:3])
-        raise CheckpointError(f"{path} does not fit this network: missing or superfluous tensors ({names} ...)")
+def _copy_tensors(tensors: dict, into: dict[str, Tensor]) -> None:
+    """Copy what was loaded into the tensors of a model or a run; ValueError unless all fit and make sense."""
+    if names := ", ".join(sorted(map(str, tensors.keys() ^ into.keys()))[:3]):
+        raise ValueError(f"missing or superfluous tensors: {names} ...")
     for name, own in into.items():
         tensor = tensors[name]
         if type(tensor) is not Tensor or (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
-            raise CheckpointError(f"{path} does not fit this network: {name} is not {own.dtype} {tuple(own.shape)}")
+            raise ValueError(f"{name} is not {own.dtype} {tuple(own.shape)}")
         if not tensor.isfinite().all() or ("running_var" in name or "exp_avg_sq" in name) and tensor.min() < 0:
-            raise CheckpointError(f"{path} is of no use: {name} holds NaN, infinity or a negative variance")
+            raise ValueError(f"{name} holds NaN, infinity or a negative variance")
     with torch.no_grad():
         for name, own in into.items():
             own.copy_(tensors[name])
 
 
+@contextlib.contextmanager
+def _disk(path: Path):
+    """CheckpointError, in one sentence, for whatever the system refuses to do with a file."""
+    try:
+        yield
+    except filelock.Timeout:
+        raise CheckpointError(f"another run is training into {path}: wait for it, or use another name") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read or written ({error.strerror}): what stands there is untouched") from None
+
+
+def _read(path: Path) -> bytes:
+    """The one way from disk: a regular file of a size that a checkpoint can have."""
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one")
+    with _disk(path):
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path} is not a checkpoint of this project: no file at all, or too large for one")
+        return path.read_bytes()
+
+
 def _write(path: Path, content: bytes) -> None:
     """The one way to disk: a file beside `path`, flushed to disk, then moved over it in a single step."""
     part = path.with_name(f".{path.name}.part")
-    try:
+    with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -829,165 +750,108 @@ def _write(path: Path, content: bytes) -> None:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}); what stood there before is untouched") from None
 
 
-def _read(path: Path) -> bytes:
-    """The one way from disk: a regular file of a size that a checkpoint can have."""
-    try:
-        if (size := path.stat().st_size) > MAX_BYTES or not path.is_file():
-            raise CheckpointError(f"{path} is not a checkpoint of this project: {size:,} bytes, or no file at all")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-
-
-def _lock(path: Path):
+def _lock(path: Path | None):
     """Hold `path` for one writer, as a context; the system frees the lock of a killed one."""
-    try:
+    if path is None:
+        return contextlib.nullcontext()
+    with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0).acquire()
-    except filelock.Timeout:
-        raise CheckpointError(f"another run is training into {path}: wait for it, or use another name") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}): use another folder or name") from None
 
 
 class _Run:
-    """One training: what its epochs change, and the two files that keep it, the best checkpoint and the state to go on from.
-
-    Every save replaces whole files, the state before the best, which is written anew from the state where a run was killed
-    between the two. What stands there of another run is moved aside before the first save.
-    """
+    """One training: all that its epochs change, and the file that keeps it, which every save replaces as a whole."""
 
     def __init__(self, model: VAE, settings: dict, metadata: dict, checkpoint: str | Path | None, resume: bool):
-        _to_json({"metadata": {"settings": metadata}})  # now, and as deep as they will be saved, not after an epoch
         self.model, self.average, self.best = model, copy.deepcopy(model), copy.deepcopy(model)
-        self.optimizer, self.history, self.id = _adam(model, settings["learning_rate"]), [], uuid.uuid4().hex
+        self.optimizer, self.history, self.kept = _adam(model), [], 0  # kept: how many epochs are on disk
         self.metadata, self.settings, self.resume = metadata, {**metadata, **settings}, resume
-        self.kept, self.unsaved, self.alone = 0, False, False  # epochs on disk; alone: no other run's files are there
         self.machine = f"{_device(model).type} with {torch.get_num_threads()} threads, torch {torch.__version__}"
         self.path = None if checkpoint is None else _path("checkpoint", checkpoint)
-        if self.path is not None:
-            self.state_path = self.path.with_name(f"{self.path.stem}.resume{self.path.suffix}")
-            if self.path.name.endswith("_reference.pt"):
-                raise ValueError(f"{self.path} is a reference checkpoint, which no run writes: use a name that ends in _best.pt")
-
-    def lock(self):
-        return contextlib.nullcontext() if self.path is None else _lock(self.path)
+        if self.path is not None and self.path.name.endswith("_reference.pt"):
+            raise ValueError(f"{self.path} is a reference checkpoint, which no run writes: use a name that ends in _best.pt")
+        _pack(model, {"settings": [self.settings]})  # what cannot be saved is refused now, not after an epoch
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is needed to go on, by name."""
-        groups = {name: getattr(self, name).state_dict() for name in ("model", "average", "best")}
+        """What it takes to go on, beside the best weights, by name."""
+        groups = {"model": self.model.state_dict(), "average": self.average.state_dict()}
         groups |= {key: {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
                    for key in ("step", "exp_avg", "exp_avg_sq")}
         return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
 
+    def about(self) -> dict:
+        """The metadata of the checkpoint."""
+        best = min(self.history, key=lambda row: row["val_loss"])
+        return {**self.metadata, **{key: best[key] for key in ("epoch", "val_loss", "val_bce", "val_kl")},
+                "settings": self.settings, "history": self.history}
+
     def restore(self) -> None:
-        """Go on from the state that stands there, if it is whole, this run's, and to be gone on with."""
-        epochs = self.settings["epochs"]
+        """Go on from the file that stands there, if it is whole, of this run, and to be gone on with."""
+        if self.path is None:
+            return
         try:
-            if self.path is None:
-                return
-            state, tensors = _unpack("run", _read(self.state_path), self.state_path)
-            history, run, resume, machine = (state[key] for key in ("history", "run", "resume", "machine"))
-            if state["settings"] != self.settings or not (self.resume or len(history) < epochs and resume is False):
-                return
+            best, run, state = _unpack(_read(self.path), self.path)
+            history, epochs = best.metadata["history"], self.settings["epochs"]
             rows = [_format_row(row, epochs) for row in history]
-            if [row["epoch"] for row in history] != list(range(1, len(rows) + 1)) or not 1 <= len(rows) <= epochs:
+            if best.metadata["settings"] != self.settings or not (self.resume or run["resume"] is False):
                 return
-            _copy_tensors(tensors, self.tensors(), self.state_path)
+            if not rows or [row["epoch"] for row in history] != list(range(1, len(rows) + 1))[:epochs]:
+                return
+            if len(rows) < epochs:
+                _copy_tensors(state, self.tensors())
         except (FileNotFoundError, CheckpointError, LookupError, TypeError, ValueError):
-            return  # nothing there, or nothing of use, which is moved aside
-        self.history, self.id, self.resume, self.kept, self.alone = history, run, resume, len(rows), True
-        there = self._best_there()
-        if there.get("run") != run:  # missing, damaged or another run's
-            self._move_aside(self.path)
-        if there.get("history") != history:
-            self._save()
+            return  # nothing there, or nothing of use
+        self.best.load_state_dict(best.state_dict())
+        self.history, self.kept = history, len(rows)
         print("\n".join(rows))
         if self.kept == epochs:
             print(f"{self.path} holds this run, finished: it is not trained again")
-            return
-        print(f"going on after epoch {self.kept} from {self.state_path}")
-        if machine != self.machine:
-            print(f"begun on {machine}, going on on {self.machine}: the result is the same up to rounding, not bit for bit")
+        else:
+            print(f"going on after epoch {self.kept} from {self.path}")
+            if (begun := run.get("machine")) != self.machine:
+                print(f"begun on {begun}, going on on {self.machine}: the same up to rounding, not bit for bit")
 
     def add(self, row: dict) -> None:
         """A finished epoch."""
         self.history.append(row)
-        if self._best_row() is row:
+        if row["val_loss"] == min(row["val_loss"] for row in self.history):
             self.best.load_state_dict(self.average.state_dict())
-        self.unsaved = True
         self.save("training goes on, and saving is tried again after the next epoch")
 
     def save(self, otherwise: str) -> None:
-        """A disk that fails costs a warning, not the training."""
+        """A disk that fails costs a warning, not the training; another run's file is moved aside before the first save."""
+        if self.path is None or self.kept == len(self.history):
+            return
+        finished = len(self.history) == self.settings["epochs"]
+        run = {} if finished else {"resume": self.resume, "machine": self.machine}
         try:
-            if self.path is not None and self.unsaved:
-                self._save()
+            if self.kept == 0:
+                _move_aside(self.path, self.settings)
+            _write(self.path, _pack(self.best, self.about(), run, {} if finished else self.tensors()))
+            self.kept = len(self.history)
         except CheckpointError as error:
             warnings.warn(f"{error}; {otherwise}", stacklevel=3)
 
-    def what_is_kept(self) -> str:
-        if not self.kept:
-            return "Stopped: no epoch of this run was finished and kept"
-        epochs = "1 finished epoch is" if self.kept == 1 else f"{self.kept} finished epochs are"
-        return f"Stopped: {epochs} kept in {self.path.parent}; run again to go on"
 
-    def _best_row(self) -> dict:
-        return min(self.history, key=lambda row: row["val_loss"])
-
-    def about(self) -> dict:
-        """The metadata of the best checkpoint."""
-        best = {key: self._best_row()[key] for key in ("epoch", "val_loss", "val_bce", "val_kl")}
-        return {**self.metadata, **best, "settings": self.settings, "history": self.history, "run": self.id}
-
-    def _save(self) -> None:
-        if not self.alone:
-            self._move_aside(self.path, self.state_path)
-            self.alone = True
-        header = {"settings": self.settings, "history": self.history, "run": self.id, "resume": self.resume,
-                  "machine": self.machine}
-        _write(self.state_path, _pack("run", header, self.tensors()))
-        self.kept = len(self.history)
-        _write(self.path, _pack_model(self.best, self.about()))
-        self.unsaved = False
-
-    def _best_there(self) -> dict:
-        """The metadata of the best checkpoint that stands there; none if it cannot be read."""
-        with contextlib.suppress(FileNotFoundError, CheckpointError):
-            return load_checkpoint(self.path).metadata
-        return {}
-
-    def _move_aside(self, *paths: Path) -> None:
-        """Give files of another run names that tell what was different about it."""
-        there = self._best_there().get("settings")
-        there = there.items() if isinstance(there, dict) else ()
-        changed = [f"{key}{value}" for key, value in there if self.settings.get(key) != value]
-        label = re.sub(r"[^\w.-]", "", "-".join(changed))[:80] or "before"
-        for path in paths:
-            names = (f"{self.path.stem}.{label}{n or ''}{path.name[len(self.path.stem):]}" for n in itertools.count())
-            new = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-            try:
-                os.rename(path, new)
-                print(f"{path} is not of this run: it is kept as {new.name}")
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise CheckpointError(f"{path} could not be moved aside ({error.strerror})") from None
+def _move_aside(path: Path, settings: dict) -> None:
+    """Give what stands at `path` a name that tells what was different about its run."""
+    try:
+        there = load_checkpoint(path).metadata["settings"].items()
+    except FileNotFoundError:
+        return
+    except (CheckpointError, LookupError, AttributeError):
+        there = ()
+    label = re.sub(r"[^\w.-]", "", "-".join(f"{key}{value}" for key, value in there if settings.get(key) != value))[:80]
+    names = (path.with_name(f"{path.stem}.{label or 'before'}{n or ''}{path.suffix}") for n in itertools.count())
+    new = next(name for name in names if not os.path.lexists(name))
+    with _disk(path):
+        os.rename(path, new)
+    print(f"{path} is not of this run: it is kept as {new.name}")
 
 
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Evaluation ----------------------------------------
 
 
 @torch.no_grad()
@@ -999,33 +863,33 @@ def posterior(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.cat(mu), torch.cat(logvar) if model.variational else None
 
 
+@torch.no_grad()
 def _bce_of_codes(model: VAE, z: Tensor, images: Tensor) -> Tensor:
     """-log p(x|z) of one code per image, (N,) in double precision on the CPU (some accelerators have none)."""
-    return torch.cat([bce_per_image(model.decode(part), x.to(part.device))
-                      for part, x in zip(z.split(BATCH), images.split(BATCH))]).cpu().double()
+    with _evaluating(model):
+        bce = [bce_per_image(model.decode(part), x.to(z.device)) for part, x in zip(z.split(BATCH), images.split(BATCH))]
+    return torch.cat(bce).cpu().double()
 
 
-@torch.no_grad()
 def loss_per_image(model: VAE, images: Tensor, num_samples: int = 10, seed: int = 0) -> Loss:
-    """-ELBO, BCE and KL of every image, each (N,) on the CPU: the mean over `num_samples` sampled z per image."""
-    _check_number("num_samples", num_samples, 1)
-    _check_seed(seed)
+    """-ELBO, BCE and KL of every image, each (N,) on the CPU: the mean over `num_samples` sampled z per image.
+
+    The noise is drawn for all images at once from `seed`, so that the figures do not depend on batches.
+    """
+    _check("num_samples", num_samples, 1)
+    _check("seed", seed, 0, MAX_SEED)
     mu, logvar = posterior(model, images)
     generator = torch.Generator().manual_seed(seed)
     codes = (reparameterize(mu, logvar, generator) for _ in range(num_samples)) if model.variational else (mu,)
-    with _evaluating(model):
-        bce = torch.stack([_bce_of_codes(model, z, images) for z in codes]).mean(0)
+    bce = torch.stack([_bce_of_codes(model, z, images) for z in codes]).mean(0)
     kl = kl_per_dimension(mu, logvar).sum(1).cpu().double() if model.variational else torch.zeros_like(bce)
     return Loss(bce + kl, bce, kl)
 
 
 def evaluate(model: VAE, images: Tensor, num_samples: int = 10, seed: int = 0, beta: float = 1.0) -> Loss:
-    """BCE + beta * KL, BCE and KL over a data set in nats per image, every image weighted the same.
-
-    The noise is drawn for the whole set at once from `seed`, so that the figures do not depend on batches.
-    """
-    _, bce, kl = loss_per_image(model, images, num_samples, seed)
-    return Loss(float(bce.mean() + beta * kl.mean()), float(bce.mean()), float(kl.mean()))
+    """BCE + beta * KL, BCE and KL over a data set in nats per image, every image weighted the same: see `loss_per_image`."""
+    bce, kl = (float(values.mean()) for values in loss_per_image(model, images, num_samples, seed)[1:])
+    return Loss(bce + beta * kl, bce, kl)
 
 
 @torch.no_grad()
@@ -1036,21 +900,19 @@ def log_likelihood(model: VAE, images: Tensor, num_samples: int = 500, seed: int
     (Burda et al., "Importance Weighted Autoencoders", 2015); with K = 1 it is the ELBO. The noise of an image
     depends on its place among `images`: with few samples its estimate may differ by some nats from place to place.
     """
-    _check_number("num_samples", num_samples, 1)
-    _check_seed(seed)
+    _check("num_samples", num_samples, 1)
+    _check("seed", seed, 0, MAX_SEED)
     if not model.variational:
         raise ValueError("a plain autoencoder has no likelihood: log_likelihood wants a VAE")
-    generator = torch.Generator().manual_seed(seed)
     mu, logvar = posterior(model, images)
-    sigma = (0.5 * _bounded(logvar)).exp()
+    sigma, generator = (0.5 * _bounded(logvar)).exp(), torch.Generator().manual_seed(seed)
     total = torch.full((len(images),), -math.inf, dtype=torch.float64)
-    with _evaluating(model):
-        for _ in range(num_samples):
-            eps = _normal_like(mu, generator)
-            z = mu + sigma * eps
-            # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
-            log_weight = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
-            total = torch.logaddexp(total, log_weight - _bce_of_codes(model, z, images))
+    for _ in range(num_samples):
+        eps = torch.randn(mu.shape, generator=generator).to(mu.device)
+        z = mu + sigma * eps
+        # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
+        log_weight = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
+        total = torch.logaddexp(total, log_weight - _bce_of_codes(model, z, images))
     return total - math.log(num_samples)
 
 
@@ -1065,7 +927,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     Spherical interpolation (Shoemake, 1985): a straight line would cut through the middle, where the prior
     N(0, I) has next to no mass in many dimensions. Codes on one line through the origin are joined by it.
     """
-    _check_number("steps", steps, 2)
+    _check("steps", steps, 2)
     t = torch.linspace(0, 1, steps, device=start.device)[:, None]
     angle = torch.acos(F.cosine_similarity(start, end, dim=0).clamp(-1, 1))
     if torch.sin(angle) < 1e-4:
@@ -1079,19 +941,17 @@ def fit_mixture(model: VAE, images: Tensor, num_components: int = 50, seed: int 
     Its samples, decoded, look better than those of the prior, and it gives a plain autoencoder a density, too (Ghosh et
     al., "From Variational to Deterministic Autoencoders", 2020). scikit-learn's `sample` and `score_samples` do the rest.
     """
-    _check_number("num_components", num_components, 1, len(images))
-    _check_seed(seed)
+    _check("num_components", num_components, 1, len(images))
+    _check("seed", seed, 0, MAX_SEED)
     mixture = GaussianMixture(num_components, reg_covar=1e-4, tol=1e-2, random_state=seed)
     return mixture.fit(posterior(model, images)[0].cpu().numpy())
 
 
-# --------------------------------------------------------------------------------------------------
-# Robustness and anomalies
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Robustness and anomalies ----------------------------------------
 
 
 def _salt_and_pepper(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    hit, white = torch.rand(x.shape, generator=generator) < share, torch.rand(x.shape, generator=generator) < 0.5
+    hit, white = (torch.rand(x.shape, generator=generator) < probability for probability in (share, 0.5))
     return torch.where(hit, white.float(), x)
 
 
@@ -1104,27 +964,21 @@ def _occlusion(x: Tensor, side: float, generator: torch.Generator) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-    if sigma == 0:
-        return x
-    kernel = torch.exp(-0.5 * (torch.arange(-14.0, 15.0) / sigma).square())
-    kernel /= kernel.sum()
-    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, 14)), kernel.view(1, 1, -1, 1), padding=(14, 0))
+    return torch.from_numpy(ndimage.gaussian_filter(x.numpy(), (0, 0, sigma, sigma), mode="constant", radius=14))
 
 
 def _rotation(x: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
-    angle = (torch.randint(2, (len(x),), generator=generator) * 2 - 1) * math.radians(degrees)
-    zero = torch.zeros(len(x))
-    theta = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1).view(-1, 2, 3)
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False)
+    left = torch.randint(2, (len(x), 1, 1, 1), generator=generator).bool()
+    return torch.where(left, *(rotate(x, angle, InterpolationMode.BILINEAR) for angle in (degrees, -degrees)))
 
 
 class Corruption(NamedTuple):
     """apply(images, level, generator); `unit` of the level, the largest that makes sense, and four from mild to severe."""
 
-    apply: callable
+    apply: Callable[[Tensor, float, torch.Generator], Tensor]
     unit: str
     largest: float
-    levels: tuple
+    levels: tuple[float, ...]
 
 
 CORRUPTIONS = {
@@ -1146,12 +1000,13 @@ def corrupt(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
     _check_images(images)
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, CORRUPTIONS))}")
-    _check_number("level", level, 0, CORRUPTIONS[kind].largest, integer=False)
-    _check_seed(seed)
+    _check("level", level, 0, CORRUPTIONS[kind].largest, kind=float)
+    _check("seed", seed, 0, MAX_SEED)
     return CORRUPTIONS[kind].apply(images.cpu(), level, torch.Generator().manual_seed(seed)).clamp(0, 1).to(images.device)
 
 
-# What is no digit, or no longer quite one, made from digits. The anomaly score was chosen on the first seven alone.
+# What is no digit, or no longer quite one, by a function of digits (N, 1, 28, 28) and a seed. The anomaly score was
+# chosen on the first seven alone.
 ANOMALIES = {
     "mirrored": lambda x, seed: x.flip(3),
     "rotated": lambda x, seed: x.rot90(1, (2, 3)),
@@ -1170,34 +1025,33 @@ ANOMALIES = {
 }
 
 
-def make_anomalies(images: Tensor, kind: str, seed: int = 0) -> Tensor:
-    """What ANOMALIES[kind] makes of digits (N, 1, 28, 28); ValueError for a kind that is not there."""
-    _check_images(images)
-    _check_seed(seed)
-    if kind not in ANOMALIES:
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(map(repr, ANOMALIES))}")
-    return ANOMALIES[kind](images, seed)
-
-
 def anomaly_score(model: VAE, images: Tensor) -> Tensor:
     """How little an image is like those the model was trained on, (N,) on the CPU: higher is more anomalous.
 
-    How badly the decoded mean fits, from two sides. `excess` is its BCE less the entropy of the image's own grey
-    values, which no model can get below, in nats. `ink` is the largest difference in the ink of any 7x7 window, in
-    pixels: noise cancels there, a missing or superfluous stroke does not. The score is the geometric mean of `excess`,
-    `ink` and `ink` once more, over the sixth root of all the image's ink (plus 1), because the same misfit weighs more
-    where there is less to fit. It was the best of those that `python tests/measure.py scores` compares on validation images.
+    The geometric mean of `excess_per_image`, `ink_per_image` and `ink_per_image` once more, over the sixth root of all
+    the image's ink (plus 1), because the same misfit weighs more where there is less to fit. It was the best of those
+    that `python tests/measure.py scores` compares on validation images.
     """
     rebuilt, x = model.reconstruct(images).cpu(), images.cpu()
-    excess = excess_per_image(rebuilt, x)
-    ink = 49 * F.avg_pool2d(x - rebuilt, 7, stride=1).abs().flatten(1).amax(1).double()
-    return (excess.clamp(min=0) * ink.square()) ** (1 / 3) / (1 + x.flatten(1).sum(1).double()) ** (1 / 6)
+    misfit = excess_per_image(rebuilt, x).clamp(min=0) * ink_per_image(rebuilt, x).square()
+    return misfit ** (1 / 3) / (1 + x.flatten(1).sum(1).double()) ** (1 / 6)
 
 
 def excess_per_image(rebuilt: Tensor, x: Tensor) -> Tensor:
-    """BCE of grey values (N, 1, 28, 28) under a reconstruction, less the entropy of the values themselves: (N,), nats."""
+    """BCE of grey values (N, 1, 28, 28) under a reconstruction, less the entropy of the values themselves, which no model
+    can get below: (N,), nats."""
     bce, entropy = (F.binary_cross_entropy(p, x, reduction="none").flatten(1).sum(1).cpu().double() for p in (rebuilt, x))
     return bce - entropy
+
+
+def ink_per_image(rebuilt: Tensor, x: Tensor) -> Tensor:
+    """The largest difference in the ink of any 7x7 window, (N,), in pixels: noise cancels there, a stroke does not."""
+    return 49 * F.avg_pool2d(x - rebuilt, 7, stride=1).abs().flatten(1).amax(1).cpu().double()
+
+
+def density_score(mixture: GaussianMixture, model: VAE, images: Tensor) -> Tensor:
+    """How improbable the codes mu of images are under a mixture, -log p(mu) in nats, (N,): higher is more anomalous."""
+    return -torch.from_numpy(mixture.score_samples(posterior(model, images)[0].cpu().numpy()))
 
 
 def optimize_codes(model: VAE, images: Tensor, steps: int = 50, learning_rate: float = 0.1) -> Tensor:
@@ -1209,8 +1063,8 @@ def optimize_codes(model: VAE, images: Tensor, steps: int = 50, learning_rate: f
     image's pixels and the decoded ones: that is minimised. (Inference by optimisation: Cremer et al., "Inference
     Suboptimality in Variational Autoencoders", 2018.) A plain autoencoder has no p(z): its codes are fitted without.
     """
-    _check_number("steps", steps, 1)
-    _check_number("learning_rate", learning_rate, 1e-12, integer=False)
+    _check("steps", steps, 1)
+    _check("learning_rate", learning_rate, 1e-12, kind=float)
     guess, codes = posterior(model, images)[0], []
     with _evaluating(model), torch.enable_grad():
         for x, z in zip(images.to(guess.device).split(BATCH), guess.split(BATCH)):
@@ -1218,7 +1072,8 @@ def optimize_codes(model: VAE, images: Tensor, steps: int = 50, learning_rate: f
             optimizer = torch.optim.Adam([z], lr=learning_rate)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-                r = _correlation(model.decode(z).sigmoid(), x).clamp(min=0)
+                centred = (a.flatten(1) - a.flatten(1).mean(1, keepdim=True) for a in (model.decode(z).sigmoid(), x))
+                r = F.cosine_similarity(*centred).clamp(min=0)  # 0 for an image of one grey value
                 energy = 784 / 2 * (1 - (1 - 1e-4) * r.square()).log()  # 1e-4: no image is explained without rest
                 if model.variational:
                     energy = energy + 0.5 * z.square().sum(1)
@@ -1228,20 +1083,13 @@ def optimize_codes(model: VAE, images: Tensor, steps: int = 50, learning_rate: f
     return torch.cat(codes)
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation over the pixels of each image, (N,); 0 for an image of one grey value."""
-    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))
-    return F.cosine_similarity(a, b)
-
-
 def squared_error(images: Tensor, originals: Tensor) -> float:
     """Squared difference summed over the pixels of an image, averaged over images."""
     return float((images.cpu() - originals.cpu()).square().flatten(1).sum(1).mean())
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures: each takes data, returns the Figure, and neither shows nor saves it
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- Figures ----------------------------------------
+# Each takes data, returns the Figure, and neither shows nor saves it.
 
 COLORS = plt.color_sequences["petroff10"]  # ten colours that colour-blind readers can tell apart (Petroff, 2021)
 

@@ -1,5 +1,6 @@
 """What several tests share: a few digits, a place for checkpoints, and whether real MNIST is at hand."""
 
+import contextlib
 import multiprocessing
 import traceback
 from pathlib import Path
@@ -72,3 +73,25 @@ def no_network(monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+class Stop(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def during_epoch(monkeypatch, epoch, action):
+    """Do something, or raise an exception, in the middle of a run: when the validation of an epoch begins."""
+    calls, evaluate = [], utils.evaluate
+
+    def counted(*args, **options):
+        calls.append(1)
+        if len(calls) == epoch:
+            if isinstance(action, type):
+                raise action
+            action()
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "evaluate", counted)
+        yield

@@ -90,22 +90,16 @@ def candidates(model, mixture):
     def entropy(x):
         return F.binary_cross_entropy(x, x, reduction="none").flatten(1).sum(1).double()
 
-    def ink(x):
-        return 49 * F.avg_pool2d(x - model.reconstruct(x).cpu(), 7, stride=1).abs().flatten(1).amax(1).double()
-
     scores = {"BCE of the decoded mean": lambda x: utils.excess_per_image(model.reconstruct(x).cpu(), x) + entropy(x),
               "excess: the same less the image's entropy": lambda x: utils.excess_per_image(model.reconstruct(x).cpu(), x),
-              "ink": ink, "density of the codes": lambda x: density_score(model, mixture, x),
+              "ink": lambda x: utils.ink_per_image(model.reconstruct(x).cpu(), x),
+              "density of the codes": lambda x: utils.density_score(mixture, model, x),
               "misfit: `anomaly_score`": lambda x: utils.anomaly_score(model, x)}
     if model.variational:
         scores |= {"-ELBO": lambda x: utils.loss_per_image(model, x).loss,
                    "-ELBO less entropy": lambda x: utils.loss_per_image(model, x).loss - entropy(x),
                    "-log p(x), 50 samples, less entropy": lambda x: -utils.log_likelihood(model, x, 50) - entropy(x)}
     return scores
-
-
-def density_score(model, mixture, images):
-    return -torch.from_numpy(mixture.score_samples(utils.posterior(model, images)[0].cpu().numpy()))
 
 
 def measure_scores(data, name, seed):
@@ -121,7 +115,7 @@ def measure_scores(data, name, seed):
             chosen = mixture
     for score, function in candidates(model, chosen).items():
         clean = function(normal)
-        found["auroc"][score] = {kind: auroc(clean, function(utils.make_anomalies(other, kind, seed))) for kind in TUNED}
+        found["auroc"][score] = {kind: auroc(clean, function(utils.ANOMALIES[kind](other, seed))) for kind in TUNED}
         found["auroc"][score]["mean"] = statistics.mean(found["auroc"][score].values())
     keep("scores", name, seed, rounded(found))
 
@@ -150,12 +144,12 @@ def measure_test(data, name, seed):
         found["input"][key] = utils.squared_error(x, some)
     mixture = utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], NUM_COMPONENTS, seed)
     normal, other = test[1000:2000], test[2000:3000]
-    scores = {"misfit": lambda x: utils.anomaly_score(model, x), "density": lambda x: density_score(model, mixture, x)}
+    scores = {"misfit": lambda x: utils.anomaly_score(model, x), "density": lambda x: utils.density_score(mixture, model, x)}
     for score, function in scores.items():
         clean, threshold = function(normal), function(data.val.images).quantile(0.99)
         found[f"auroc {score}"], found[f"flagged {score}"] = {}, {"clean": (function(test) > threshold).double().mean()}
         for kind in utils.ANOMALIES:
-            anomalous = function(utils.make_anomalies(other, kind, seed))
+            anomalous = function(utils.ANOMALIES[kind](other, seed))
             found[f"auroc {score}"][kind] = auroc(clean, anomalous)
             found[f"flagged {score}"][kind] = (anomalous > threshold).double().mean()
     keep("test", name, seed, rounded(found))

@@ -103,7 +103,7 @@ def test_the_training_notebook_end_to_end_without_network(tmp_path):
     options = {"SOURCE": "auto", "DATA_DIR": tmp_path / "data", "MODEL_DIR": tmp_path / "models", "EPOCHS": 2, "LATENT_DIM": 5}
     notebook, terminal = run(TRAINING, tmp_path / "out.ipynb", **options)
     kept = sorted(path.name for path in (tmp_path / "models").glob("*.pt"))
-    assert kept == ["vae_digits_best.pt", "vae_digits_best.resume.pt"]
+    assert kept == ["vae_digits_best.pt"]
     assert "NOT MNIST" in terminal and "epoch  2/2" in terminal and "No reference was measured for these settings" in terminal
     assert "widgets" not in notebook.metadata
 

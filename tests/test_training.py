@@ -1,6 +1,5 @@
 """Training: it learns, repeats bit for bit, keeps the best epoch, goes on where it stopped, and loses nothing."""
 
-import contextlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import context, in_child
+from conftest import Stop, context, during_epoch, in_child
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import utils
@@ -39,15 +38,7 @@ def files(folder):
     return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
 
-def saved_tensors(path):
-    return torch.load(path, weights_only=True)["tensors"]
-
-
-KEPT = ["vae_digits_best.pt", "vae_digits_best.resume.pt"]
-
-
-class Stop(Exception):
-    pass
+KEPT = ["vae_digits_best.pt"]
 
 
 # learning
@@ -219,30 +210,26 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
     ({"metadata": {"data": "mnist"}}, "datadigits")])
 def test_a_changed_setting_starts_a_new_run_and_keeps_the_old_one(few, best, capsys, change, label):
     train(few, best)
-    before = [(best.parent / name).read_bytes() for name in KEPT]
+    before, aside = best.read_bytes(), f"vae_digits_best.{label}.pt"
     capsys.readouterr()
     _, history = train(few, best, **change)
-    aside = [name.replace("best.", f"best.{label}.") for name in KEPT]
-    printed = capsys.readouterr().out
-    assert all(f"it is kept as {name}" in printed for name in aside) and files(best.parent) == sorted(KEPT + aside)
-    assert [(best.parent / name).read_bytes() for name in aside] == before
-    kept = utils.load_checkpoint(best).metadata
-    assert without_seconds(kept["history"]) == without_seconds(history)
-    train(few, best.parent / aside[0])  # the old run, under its new name: finished, and not trained again
+    assert f"it is kept as {aside}" in capsys.readouterr().out and files(best.parent) == sorted([*KEPT, aside])
+    assert (best.parent / aside).read_bytes() == before
+    assert without_seconds(utils.load_checkpoint(best).metadata["history"]) == without_seconds(history)
+    train(few, best.parent / aside)  # the old run, under its new name: finished, and not trained again
     assert "finished" in capsys.readouterr().out
 
 
 def test_three_runs_that_differ_in_the_same_setting_are_all_kept(few, best):
     for epochs in (1, 2, 1, 2):
         train(few, best, epochs=epochs)
-    kept = [name for name in files(best.parent) if "resume" not in name]
-    assert kept == ["vae_digits_best.epochs1.pt", "vae_digits_best.epochs11.pt", "vae_digits_best.epochs2.pt", KEPT[0]]
+    assert files(best.parent) == [f"vae_digits_best.{name}pt" for name in ("epochs1.", "epochs11.", "epochs2.", "")]
 
 
 def test_a_run_stopped_in_its_first_epoch_leaves_what_stood_there(few, best, monkeypatch):
     train(few, best)
     before = best.read_bytes()
-    with during_epoch(monkeypatch, 1, stop(KeyboardInterrupt())), pytest.raises(KeyboardInterrupt, match="no epoch"):
+    with during_epoch(monkeypatch, 1, KeyboardInterrupt), pytest.raises(KeyboardInterrupt, match="best.pt: 0;"):
         train(few, best, seed=1)
     assert best.read_bytes() == before and files(best.parent) == KEPT
     train(few, best)
@@ -261,45 +248,17 @@ def test_other_images_never_replace_a_model(few, best):
 @pytest.mark.parametrize("resume", [True, False])
 def test_what_is_no_file_of_this_run_is_moved_aside_and_not_lost(few, best, resume):
     best.parent.mkdir()
-    for name in KEPT:
-        (best.parent / name).write_text("my notes")
+    best.write_text("my notes")
     train(few, best, resume=resume)
     assert utils.load_checkpoint(best).metadata["epoch"] == 3
-    assert [(best.parent / name.replace("best.", "best.before.")).read_text() for name in KEPT] == ["my notes"] * 2
-
-
-def test_a_best_file_of_another_run_does_not_pass_for_this_one(few, best, tmp_path):
-    """Seed 1's model beside seed 0's state, the same run trained twice, a damaged file: the run's own comes from its state."""
-    own, _ = train(few, best)
-    for seed in (1, 0, None):
-        (tmp_path / "other_best.pt").write_text("my notes")
-        if seed is not None:
-            train(few, tmp_path / "other_best.pt", seed=seed)
-        shutil.copy(tmp_path / "other_best.pt", best)
-        before = best.read_bytes()
-        model, _ = train(few, best)
-        assert same_weights(own, model) and same_weights(own, utils.load_checkpoint(best))
-        assert before in [path.read_bytes() for path in best.parent.glob("*.pt")]
-
-
-def test_a_lost_best_file_comes_back_from_the_state(few, best):
-    model, _ = train(few, best)
-    best.unlink()
-    again, _ = train(few, best)
-    assert same_weights(model, again) and same_weights(model, utils.load_checkpoint(best)) and files(best.parent) == KEPT
-
-
-def test_names_that_differ_in_their_ending_do_not_share_a_state(few, tmp_path):
-    train(few, tmp_path / "m.pt", epochs=1)
-    train(few, tmp_path / "m.pth", epochs=1, seed=1)
-    assert files(tmp_path) == ["m.pt", "m.pth", "m.resume.pt", "m.resume.pth"]
+    assert best.with_name("vae_digits_best.before.pt").read_text() == "my notes"
 
 
 @pytest.mark.parametrize("name", ["a[1]_best.pt", "a**b_best.pt", "v.v2.pt", "no_ending"])
 def test_odd_file_names_are_names(few, tmp_path, name):
     train(few, tmp_path / name, epochs=2)
     train(few, tmp_path / name, epochs=1)
-    assert utils.load_checkpoint(tmp_path / name).metadata["epoch"] == 1 and len(files(tmp_path)) == 4
+    assert utils.load_checkpoint(tmp_path / name).metadata["epoch"] == 1 and len(files(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("path", ["x" * 300 + ".pt", "\0.pt", None.__class__, 3, ""])
@@ -307,15 +266,16 @@ def test_a_path_that_is_no_path_is_named(few, tmp_path, path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, utils.CheckpointError), match="checkpoint is|File name too long"):
         train(few, path)
-    for use in (utils.load_checkpoint, lambda path: utils.save_checkpoint(path, utils.VAE(2))):
-        with pytest.raises((ValueError, utils.CheckpointError), match="path is|File name too long"):
-            use(path)
+    with pytest.raises((ValueError, utils.CheckpointError), match="path is|File name too long"):
+        utils.save_checkpoint(path, utils.VAE(2))
+    with pytest.raises((ValueError, FileNotFoundError), match="path is|there is no checkpoint at"):
+        utils.load_checkpoint(path)
 
 
 CYCLE = []
 CYCLE.append(CYCLE)
 DEEP = []
-for _ in range(5000):
+for _ in range(200_000):
     DEEP = [DEEP]
 
 
@@ -328,58 +288,63 @@ def test_metadata_that_are_not_plain_are_refused_before_anything_is_written(few,
     assert not best.parent.exists()
 
 
-@pytest.mark.parametrize("depth", range(15, 22))
-def test_metadata_are_refused_at_once_or_kept(few, best, depth):
-    """However deep they are nested: never after an epoch."""
-    nest = []
-    for _ in range(depth):
-        nest = [nest]
-    try:
-        train(few, best, epochs=1, metadata={"nest": nest})
-    except ValueError:
-        assert not best.parent.exists()
-    else:
-        assert utils.load_checkpoint(best).metadata["nest"] == nest
-        assert depth < 18, "deeper than the limit"
+@pytest.fixture
+def unfinished(few, best, monkeypatch):
+    """The payload of a run stopped in its second epoch, and the weights it would have had after its third."""
+    whole, _ = train(few)
+    with during_epoch(monkeypatch, 2, Stop), pytest.raises(Stop):
+        train(few, best)
+    return torch.load(best, weights_only=True), whole
 
 
-@pytest.mark.parametrize("part", ["model/", "average/", "best/", "step/", "exp_avg/", "exp_avg_sq/"])
+@pytest.mark.parametrize("part", ["", "model/", "average/", "step/", "exp_avg/", "exp_avg_sq/"])
 @pytest.mark.parametrize("change", ["shape", "dtype", "nan", "missing", "kind"])
-def test_a_state_that_does_not_fit_is_not_loaded(few, best, part, change):
+def test_a_state_that_does_not_fit_is_not_loaded(few, best, unfinished, part, change):
     """Above all Adam's moments, which its fused kernel writes to without looking at their size."""
-    whole, _ = train(few, best)
-    payload = torch.load(best.parent / KEPT[1], weights_only=True)
-    name = next(name for name in payload["tensors"] if name.startswith(part) and payload["tensors"][name].is_floating_point())
-    tensor = payload["tensors"].pop(name)
+    payload, whole = unfinished
+    tensors = payload["run" if part else "tensors"]
+    name = next(name for name in tensors if name.startswith(part) and tensors[name].is_floating_point())
+    tensor = tensors.pop(name)
     if change != "missing":
-        payload["tensors"][name] = {"shape": tensor.flatten()[:1][None, None, None], "dtype": tensor.double(), "kind": [1.0],
-                                    "nan": torch.full_like(tensor, math.nan)}[change]
-    torch.save(payload, best.parent / KEPT[1])
+        tensors[name] = {"shape": tensor.flatten()[:1][None, None, None], "dtype": tensor.half(), "kind": [1.0],
+                         "nan": torch.full_like(tensor, math.nan)}[change]
+    torch.save(payload, best)
     again, _ = train(few, best)
-    assert same_weights(whole, again) and (best.parent / "vae_digits_best.before.resume.pt").exists()
+    assert same_weights(whole, again) and best.with_name("vae_digits_best.before.pt").exists()
 
 
+@pytest.mark.parametrize("of", ["metadata", "run", None])
 @pytest.mark.parametrize("key, value", [("history", None), ("history", []), ("history", [{"epoch": 1}]), ("history", [3]),
-                                        ("history", "abc"), ("settings", 1), ("resume", None), ("run", None), ("machine", None)])
-def test_a_state_whose_header_is_odd_is_moved_aside(few, best, key, value):
-    train(few, best)
-    payload = torch.load(best.parent / KEPT[1], weights_only=True)
+                                        ("history", "abc"), ("settings", 1), ("resume", None), ("resume", 3), ("machine", None),
+                                        ("run", None), ("run", [])])
+def test_a_run_whose_header_is_odd_is_gone_on_with_or_moved_aside(few, best, unfinished, of, key, value):
+    payload, whole = unfinished
     header = json.loads(payload["header"])
-    if value is None:
-        del header[key]
-    else:
-        header[key] = value
-    torch.save({**payload, "header": json.dumps(header)}, best.parent / KEPT[1])
-    _, history = train(few, best)
-    assert len(history) == 3 and utils.load_checkpoint(best).metadata["epoch"] == 3
+    part = header if of is None else header[of]
+    part.pop(key, None)
+    if value is not None:
+        part[key] = value
+    torch.save({**payload, "header": json.dumps(header)}, best)
+    again, history = train(few, best)
+    assert [row["epoch"] for row in history] == [1, 2, 3] and same_weights(whole, again)
+    assert same_weights(whole, utils.load_checkpoint(best))
+
+
+def test_an_unfinished_run_is_a_checkpoint_too(few, best, unfinished):
+    loaded = utils.load_checkpoint(best)
+    loss = utils.evaluate(loaded, few[1], num_samples=1).loss
+    assert loss == pytest.approx(loaded.metadata["history"][0]["val_loss"], rel=1e-6)
+    size = best.stat().st_size
+    train(few, best)
+    assert best.stat().st_size < size / 4, "what it takes to go on is still there"
 
 
 def test_another_machine_is_said_to_round_otherwise(few, best, monkeypatch, capsys):
-    with during_epoch(monkeypatch, 2, stop(Stop())), pytest.raises(Stop):
+    with during_epoch(monkeypatch, 2, Stop), pytest.raises(Stop):
         train(few, best)
     train(few, best)
     assert "rounding" not in capsys.readouterr().out
-    with during_epoch(monkeypatch, 2, stop(Stop())), pytest.raises(Stop):
+    with during_epoch(monkeypatch, 2, Stop), pytest.raises(Stop):
         train(few, best, resume=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -399,22 +364,6 @@ def test_no_run_writes_a_reference(few, tmp_path):
 # interruption
 
 
-@contextlib.contextmanager
-def during_epoch(monkeypatch, epoch, action):
-    """Do something in the middle of a run: when the validation of an epoch begins."""
-    calls, evaluate = [], utils.evaluate
-
-    def counted(*args, **options):
-        calls.append(1)
-        if len(calls) == epoch:
-            action()
-        return evaluate(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "evaluate", counted)
-        yield
-
-
 def during_write(monkeypatch, number, error):
     """Raise an error where the file of that number, counted from one, would be moved to its place."""
     replace, calls = os.replace, []
@@ -428,51 +377,42 @@ def during_write(monkeypatch, number, error):
     monkeypatch.setattr(os, "replace", counted)
 
 
-def stop(error):
-    def action():
-        raise error
-    return action
-
-
 @pytest.mark.parametrize("epoch", [1, 2, 5])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(few, best, tmp_path, monkeypatch, epoch):
     options = {"epochs": 5, "batch_size": 8}  # 12 steps: few enough to be quick, enough for the average to lag behind
     whole, history = train(few, tmp_path / "whole_best.pt", **options)
-    with during_epoch(monkeypatch, epoch, stop(Stop())), pytest.raises(Stop):
+    with during_epoch(monkeypatch, epoch, Stop), pytest.raises(Stop):
         train(few, best, **options)
     resumed, same = train(few, best, **options)
     assert same_weights(whole, resumed) and without_seconds(history) == without_seconds(same)
     assert same_weights(utils.load_checkpoint(tmp_path / "whole_best.pt"), utils.load_checkpoint(best))
 
 
-@pytest.mark.parametrize("epoch, says", [(2, "1 finished epoch is kept"), (3, "2 finished epochs are kept")])
+@pytest.mark.parametrize("epoch, says", [(2, "best.pt: 1;"), (3, "best.pt: 2;")])
 @pytest.mark.parametrize("resume", [True, False])
 def test_an_interrupt_says_what_is_kept_and_the_next_call_goes_on(few, best, monkeypatch, capsys, epoch, says, resume):
     train(few, best)  # a finished run, which resume=False starts afresh
     options = {"resume": resume, "seed": 0 if not resume else 1}
-    with during_epoch(monkeypatch, epoch, stop(KeyboardInterrupt())), pytest.raises(KeyboardInterrupt, match=says):
+    with during_epoch(monkeypatch, epoch, KeyboardInterrupt), pytest.raises(KeyboardInterrupt, match=says):
         train(few, best, **options)
     assert utils.load_checkpoint(best).metadata["epoch"] == epoch - 1
     train(few, best, **options)
     assert f"going on after epoch {epoch - 1}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("at, epochs, says", [(3, 1, "1 finished epoch is kept"), (4, 2, "2 finished epochs are kept")])
-def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monkeypatch, at, epochs, says):
-    """At the second epoch's state, and at its best checkpoint, which the next call then writes from the state."""
-    during_write(monkeypatch, at, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt, match=says):
+def test_an_interrupt_during_a_save_counts_only_what_is_on_disk(few, best, monkeypatch):
+    during_write(monkeypatch, 2, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt, match="best.pt: 1;"):
         train(few, best)
     monkeypatch.undo()
     assert files(best.parent) == KEPT, "half-written files are left"
-    assert len(json.loads(torch.load(best.parent / KEPT[1])["header"])["history"]) == epochs
+    assert len(utils.load_checkpoint(best).metadata["history"]) == 1
     train(few, best)
     assert len(utils.load_checkpoint(best).metadata["history"]) == 3 and files(best.parent) == KEPT
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_run_killed_in_its_first_save_leaves_no_litter(few, best, monkeypatch, at):
-    during_write(monkeypatch, at, Stop)
+def test_a_run_killed_in_its_first_save_leaves_no_litter(few, best, monkeypatch):
+    during_write(monkeypatch, 1, Stop)
     with pytest.raises(Stop):
         train(few, best)
     monkeypatch.undo()
@@ -509,8 +449,8 @@ def test_killed_at_any_moment_and_resumed(few, best, tmp_path):
             os.kill(child.pid, signal.SIGKILL)
             kills += 1
         child.join()
-        if (best.parent / KEPT[1]).exists():
-            utils.load_checkpoint(best)  # raises if it is missing or half-written
+        if best.exists():
+            utils.load_checkpoint(best)  # raises if it is half-written
     assert kills >= 20 and during_save >= 5, (kills, during_save)
     assert len(finished) == EPOCHS
     assert files(best.parent) == KEPT, "litter"
@@ -519,9 +459,7 @@ def test_killed_at_any_moment_and_resumed(few, best, tmp_path):
         train_in_child(images, tmp_path / "whole_best.pt")
     finally:
         torch.set_num_threads(threads)
-    for name in ("whole_best.pt", "whole_best.resume.pt"):
-        whole, resumed = saved_tensors(tmp_path / name), saved_tensors(best.parent / name.replace("whole", "vae_digits"))
-        assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert same_weights(utils.load_checkpoint(tmp_path / "whole_best.pt"), utils.load_checkpoint(best))
 
 
 # places that fail
@@ -543,7 +481,7 @@ def test_a_folder_without_write_permission(few):
         before = (folder / "vae_digits_best.pt").read_bytes()
         folder.chmod(0o555)
         message = in_child(train_as_nobody, few, folder / "vae_digits_best.pt")
-        assert "could not be written (Permission denied)" in message
+        assert "could not be read or written (Permission denied)" in message
         assert (folder / "vae_digits_best.pt").read_bytes() == before and files(folder) == KEPT
     finally:
         folder.chmod(0o755)
@@ -580,7 +518,7 @@ def test_a_disk_that_fills_costs_no_checkpoint_and_no_training(few, best, epoch)
 
 
 def test_a_save_that_failed_once_is_made_up_for(few, best, monkeypatch):
-    during_write(monkeypatch, 5, OSError(28, "No space left on device"))  # the last epoch's
+    during_write(monkeypatch, 3, OSError(28, "No space left on device"))  # the last epoch's
     with pytest.warns(UserWarning, match="No space left on device"):
         model, _ = train(few, best)
     assert same_weights(model, utils.load_checkpoint(best)) and utils.load_checkpoint(best).metadata["epoch"] == 3
@@ -630,7 +568,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best, m
     def wreck():
         monkeypatch.setattr(utils, "learning_rate_at", lambda progress, rate: 1e30)
 
-    with during_epoch(monkeypatch, 2, wreck), pytest.raises(FloatingPointError, match="not finite at epoch 3, step [23]"):
+    with during_epoch(monkeypatch, 2, wreck), pytest.raises(FloatingPointError, match="not finite at epoch 3"):
         train(few, best, epochs=5)
     loaded = utils.load_checkpoint(best)
     assert loaded.metadata["epoch"] in (1, 2) and math.isfinite(utils.evaluate(loaded, few[1]).loss)
