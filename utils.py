@@ -677,10 +677,9 @@ def _unpack(content: bytes, path: Path) -> tuple[VAE, dict, dict[str, Tensor]]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > len(content):
-                raise ValueError("compressed or overlapping entries")
-            if broken := archive.testzip():
-                raise ValueError(f"{broken} is damaged")
+            stored = not any(entry.compress_type for entry in entries) and sum(e.file_size for e in entries) <= len(content)
+            if not stored or archive.testzip():
+                raise ValueError("an entry is compressed, overlaps another, or is damaged")
             pickled = archive.read(next(entry for entry in entries if entry.filename.endswith("/data.pkl")))
         for i, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
             if i >= MAX_OPCODES or "GLOBAL" in opcode.name and argument not in GLOBALS:
