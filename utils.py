@@ -514,7 +514,8 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                              "seconds": time.perf_counter() - started})
                     bar.write(_format_row(run.history[-1], epochs))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"Stopped; finished epochs kept in {run.path}: {run.kept}; run again to go on") from None
+            where = f"in {run.path}: {run.kept}; run again to go on" if run.path else "on disk: none, for no checkpoint was named"
+            raise KeyboardInterrupt(f"Stopped; finished epochs kept {where}") from None
         run.save("the trained weights are in memory alone: utils.save_checkpoint(PATH, model) saves them in another place")
     model.load_state_dict(run.best.state_dict())
     model.eval().metadata = run.about()
