@@ -203,10 +203,9 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
     assert "finished" in printed and "epoch  3/3" in printed
 
 
-def test_without_resume_a_finished_run_is_trained_again_and_kept(few, best, capsys):
+def test_without_resume_a_finished_run_is_trained_again_and_kept(few, best):
     for _ in range(3):
         train(few, best, epochs=1, resume=False)
-    assert "finished" not in capsys.readouterr().out
     assert files(best.parent) == [f"vae_digits_best.{name}pt" for name in ("before.", "before1.", "")]
 
 
