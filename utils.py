@@ -629,7 +629,7 @@ def checkpoint_path(folder: str | Path, data: str, autoencoder: bool = False, le
 def load_best(folder: str | Path, data: str, autoencoder: bool = False, device: str | torch.device = "cpu") -> VAE:
     """One's own best model of these data where there is one, else the reference; says which. FileNotFoundError if none."""
     best, reference = (checkpoint_path(folder, data, autoencoder, which=which) for which in ("best", "reference"))
-    path = best if os.path.lexists(best) else reference
+    path = best if os.path.lexists(best) or not os.path.lexists(reference) else reference
     model = load_checkpoint(path, device)
     if (there := model.metadata.get("data")) != data:
         raise CheckpointError(f"{path} was trained on {there}, but {data} is loaded: move one of them away")

@@ -160,12 +160,13 @@ def test_the_analysis_notebook_adapts_to_what_there_is(tmp_path, digits):
     before = committed_files()
     utils.save_checkpoint(tmp_path / "vae_digits_best.pt", utils.VAE(1), data="digits")
     _, terminal = run(ANALYSIS, tmp_path / "out.ipynb", MODEL_DIR=tmp_path, **QUICK)
-    assert "left out: there is no ae_digits_best.pt" in terminal and "does not say how it was trained" in terminal
+    assert "left out: there is no checkpoint at" in terminal and "ae_digits_best.pt; vae" in terminal
+    assert "does not say how it was trained" in terminal
     assert committed_files() == before
 
 
 def test_models_that_are_missing_or_foreign_are_named(tmp_path, digits):
-    with pytest.raises(FileNotFoundError, match="there is no vae_digits_best.pt or vae_digits_reference.pt in .*makes one"):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*vae_digits_best.pt; .* makes one"):
         utils.load_best(tmp_path, "digits")
     quick_model(tmp_path / "vae_digits_best.pt", digits, 2, data="mnist")
     with pytest.raises(utils.CheckpointError, match="was trained on mnist, but digits is loaded"):

@@ -285,7 +285,8 @@ for _ in range(200_000):
     DEEP = [DEEP]
 
 
-@pytest.mark.parametrize("value", [torch.ones(1), object(), {1, 2}, {1: "a"}, (1, 2), math.nan, CYCLE, DEEP], ids=range(8))
+@pytest.mark.parametrize("value", [torch.ones(1), object(), {1, 2}, {1: "a"}, (1, 2), math.nan, math.inf, CYCLE, DEEP],
+                         ids=range(9))
 def test_metadata_that_are_not_plain_are_refused_before_anything_is_written(few, best, value):
     with pytest.raises(ValueError, match="metadata must be plain values"):
         train(few, best, metadata={"value": value})
@@ -319,17 +320,20 @@ def test_a_state_that_does_not_fit_is_not_loaded(few, best, unfinished, part, ch
     assert same_weights(whole, again) and best.with_name("vae_digits_best.before.pt").exists()
 
 
-@pytest.mark.parametrize("of", ["metadata", "run", None])
-@pytest.mark.parametrize("key, value", [("history", None), ("history", []), ("history", [{"epoch": 1}]), ("history", [3]),
-                                        ("history", "abc"), ("settings", 1), ("resume", None), ("resume", 3), ("machine", None),
-                                        ("run", None), ("run", [])])
+@pytest.mark.parametrize("of, key, value", [
+    ("metadata", "history", None), ("metadata", "history", []), ("metadata", "history", [{"epoch": 1}]),
+    ("metadata", "history", [3]), ("metadata", "history", "abc"), ("metadata", "history", lambda rows: [{**rows[0], "epoch": 2}]),
+    ("metadata", "history", lambda rows: 4 * rows), ("metadata", "settings", 1), ("metadata", "settings", None),
+    ("run", "resume", None), ("run", "resume", 3), ("run", "machine", None), (None, "run", None), (None, "run", []),
+    (None, "metadata", None)])
 def test_a_run_whose_header_is_odd_is_gone_on_with_or_moved_aside(few, best, unfinished, of, key, value):
     payload, whole = unfinished
     header = json.loads(payload["header"])
     part = header if of is None else header[of]
+    history = header["metadata"]["history"]
     part.pop(key, None)
     if value is not None:
-        part[key] = value
+        part[key] = value(history) if callable(value) else value
     torch.save({**payload, "header": json.dumps(header)}, best)
     again, history = train(few, best)
     assert [row["epoch"] for row in history] == [1, 2, 3] and same_weights(whole, again)
