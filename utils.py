@@ -160,9 +160,9 @@ def leave_out(data: Data, digit: int | None) -> Data:
 
 def _mnist(raw: Path, seconds: float) -> tuple[Split, Split]:
     """MNIST's training and test images from the four files in `raw`; those that are missing are first downloaded."""
-    missing, deadline = [name for name in MNIST_FILES if not os.path.lexists(raw / name)], time.monotonic() + seconds
+    missing, started = [name for name in MNIST_FILES if not os.path.lexists(raw / name)], time.monotonic()
     try:
-        for name, content in {name: _download(name, deadline) for name in missing}.items():
+        for name, content in {name: _download(name, seconds, started) for name in missing}.items():
             _write(raw / name, content)
     except (OSError, CheckpointError) as error:
         raise FileNotFoundError(f"MNIST is not in {raw} and could not be brought there ({error}): put the files "
@@ -185,24 +185,26 @@ def _read_mnist_file(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _download(name: str, deadline: float) -> bytes:
+def _download(name: str, seconds: float, started: float) -> bytes:
     """A raw file, unpacked and checked, from the first of torchvision's mirrors that has it; OSError, saying why, if none."""
     size, md5 = MNIST_FILES[name]
     for url in [f"{mirror}{name}.gz" for mirror in MNIST.mirrors]:
         print(f"Downloading {url} ...", flush=True)
         try:
             packed = b""
-            with urllib.request.urlopen(url, timeout=10) as reply:
+            with urllib.request.urlopen(url, timeout=min(10, seconds)) as reply:
                 while chunk := reply.read1():
                     packed += chunk
-                    if time.monotonic() > deadline:
-                        raise TimeoutError("it takes too long")
+                    if time.monotonic() - started > seconds:
+                        raise TimeoutError(f"gave up after {seconds} s")
             content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(size + 1)
             if hashlib.md5(content).hexdigest() == md5:
                 return content
             reason = "it did not arrive whole"
         except Exception as error:  # whatever the network does, the reason is told
             reason = str(getattr(error, "reason", error)) or type(error).__name__
+        if time.monotonic() - started > seconds:
+            break
     raise OSError(f"{url}: {reason}")
 
 
@@ -505,9 +507,8 @@ def fit(model: VAE, train_images: Tensor, val_images: Tensor, *, epochs: int = 2
                     started = time.perf_counter()
                     train = _train_epoch(run, train_images, epoch, bar)
                     val = evaluate(run.average, val_images, num_samples=1, beta=beta)
-                    if not math.isfinite(train.loss + val.loss):
-                        raise FloatingPointError(f"the loss is not finite at epoch {epoch}: training stops, what earlier epochs "
-                                                 "saved is kept; try a lower learning rate")
+                    if not math.isfinite(val.loss):
+                        raise FloatingPointError(_not_finite(f"in the validation after epoch {epoch}"))
                     run.add({"epoch": epoch, **{f"train_{key}": value for key, value in train._asdict().items()},
                              **{f"val_{key}": value for key, value in val._asdict().items()},
                              "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
@@ -551,8 +552,16 @@ def _train_epoch(run: "_Run", images: Tensor, epoch: int, bar: tqdm) -> Loss:
             torch._foreach_lerp_(averaged, current, 1.0 if first else min(1.0, 10 * interval / len(batches)))
         losses[step] = torch.stack(loss).detach()
         bar.update()
+    losses = losses.cpu().double()
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).any(1).nonzero()[0])
+        raise FloatingPointError(_not_finite(f"at epoch {epoch}, step {step + 1}"))
     sizes = torch.tensor([len(rows) for rows in batches]).double()
-    return Loss(*(sizes @ losses.cpu().double() / sizes.sum()).tolist())  # every image weighted the same, in a short batch too
+    return Loss(*(sizes @ losses / sizes.sum()).tolist())  # every image weighted the same, the short last batch too
+
+
+def _not_finite(where: str) -> str:
+    return f"the loss is not finite {where}: training stops, what earlier epochs saved is kept; try a lower learning rate"
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -717,30 +726,30 @@ def _copy_tensors(tensors: dict, into: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _disk(path: Path):
-    """CheckpointError, in one sentence, for whatever the system refuses to do with a file."""
+def _disk(path: Path, done: str):
+    """CheckpointError, in one sentence, for whatever the system refuses to do with a file ("read", "written")."""
     try:
         yield
     except filelock.Timeout:
         raise CheckpointError(f"another run is training into {path}: wait for it, or use another name") from None
     except OSError as error:
-        raise CheckpointError(f"{path} could not be read or written ({error.strerror}): what stands there is untouched") from None
+        raise CheckpointError(f"{path} could not be {done} ({error.strerror}); what stands there is untouched") from None
 
 
 def _read(path: Path) -> bytes:
     """The one way from disk: a regular file of a size that a checkpoint can have."""
     if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one")
-    with _disk(path):
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} is not a checkpoint of this project: no file at all, or too large for one")
+    with _disk(path, "read"):
+        if (size := path.stat().st_size) > MAX_BYTES or not path.is_file():
+            raise CheckpointError(f"{path} is not a checkpoint of this project: {size:,} bytes, or no file at all")
         return path.read_bytes()
 
 
 def _write(path: Path, content: bytes) -> None:
     """The one way to disk: a file beside `path`, flushed to disk, then moved over it in a single step."""
     part = path.with_name(f".{path.name}.part")
-    with _disk(path):
+    with _disk(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -756,7 +765,7 @@ def _lock(path: Path | None):
     """Hold `path` for one writer, as a context; the system frees the lock of a killed one."""
     if path is None:
         return contextlib.nullcontext()
-    with _disk(path):
+    with _disk(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0).acquire()
 
@@ -846,7 +855,7 @@ def _move_aside(path: Path, settings: dict) -> None:
     label = re.sub(r"[^\w.-]", "", "-".join(f"{key}{value}" for key, value in there if settings.get(key) != value))[:80]
     names = (path.with_name(f"{path.stem}.{label or 'before'}{n or ''}{path.suffix}") for n in itertools.count())
     new = next(name for name in names if not os.path.lexists(name))
-    with _disk(path):
+    with _disk(path, "moved aside"):
         os.rename(path, new)
     print(f"{path} is not of this run: it is kept as {new.name}")
 

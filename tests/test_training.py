@@ -491,7 +491,7 @@ def test_a_folder_without_write_permission(few):
         before = (folder / "vae_digits_best.pt").read_bytes()
         folder.chmod(0o555)
         message = in_child(train_as_nobody, few, folder / "vae_digits_best.pt")
-        assert "could not be read or written (Permission denied)" in message
+        assert "could not be written (Permission denied)" in message
         assert (folder / "vae_digits_best.pt").read_bytes() == before and files(folder) == KEPT
     finally:
         folder.chmod(0o755)
@@ -578,7 +578,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best, m
     def wreck():
         monkeypatch.setattr(utils, "learning_rate_at", lambda progress, rate: 1e30)
 
-    with during_epoch(monkeypatch, 2, wreck), pytest.raises(FloatingPointError, match="not finite at epoch 3"):
+    with during_epoch(monkeypatch, 2, wreck), pytest.raises(FloatingPointError, match="not finite at epoch 3, step [23]"):
         train(few, best, epochs=5)
     loaded = utils.load_checkpoint(best)
     assert loaded.metadata["epoch"] in (1, 2) and math.isfinite(utils.evaluate(loaded, few[1]).loss)
