@@ -1,7 +1,8 @@
 """A convolutional variational autoencoder (VAE) that learns to reconstruct MNIST.
 
 Everything that the two notebooks share, in the order in which data flows: data, model, loss,
-training, checkpoints, evaluation, robustness and anomalies, one's own digit, figures.
+training, checkpoints, evaluation, robustness and anomalies, one's own digit, figures. The checks
+of arguments stand at the end.
 It follows Kingma & Welling, "Auto-Encoding Variational Bayes" (2013,
 https://arxiv.org/abs/1312.6114).
 
@@ -45,6 +46,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from scipy import ndimage
+from skimage.measure import label, regionprops
+from skimage.morphology import reconstruction
 from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_scalar
@@ -78,50 +81,6 @@ def pick_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def _integer(value, name, low, high=None):
-    """The value as a plain int; TypeError or ValueError, by name, if it is none in the range."""
-    check_scalar(value, name, Integral, min_val=low, max_val=high)
-    if isinstance(value, bool):  # which Python counts among the integers
-        raise TypeError(f"{name} must be an integer, not {value}")
-    return int(value)
-
-
-def _number(value, name, low, high=sys.float_info.max):
-    """The value as a plain float; TypeError or ValueError, by name, if it is none in the range."""
-    check_scalar(value, name, Real, min_val=low, max_val=high)
-    if isinstance(value, bool) or math.isnan(value):  # NaN compares with nothing
-        raise ValueError(f"{name} must be a number, not {value}")
-    return float(value)
-
-
-def _check_images(images, name="images", check_values=True):
-    kind = images.dtype if isinstance(images, Tensor) else type(images)
-    if kind != torch.float32:
-        raise TypeError(f"{name} must be a torch.Tensor of float32, not of {kind}")
-    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or len(images) == 0:
-        shape = tuple(images.shape)
-        raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
-    if check_values:
-        low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):  # false for NaN, too
-            raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
-
-
-def _check_pair(images, originals):
-    _check_images(images)
-    _check_images(originals)
-    if images.shape != originals.shape:
-        raise ValueError(f"{len(images)} images cannot be compared with {len(originals)}")
-
-
-def _as_path(value, name):
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} must be the name of a file or folder, not {type(value).__name__}")
-    if str(value) == "" or "\0" in str(value):
-        raise ValueError(f"{name} must be the name of a file or folder, not {value!r}")
-    return Path(os.path.expanduser(value))
 
 
 # ---------------------------------------- Data ----------------------------------------
@@ -207,13 +166,14 @@ def _split(name, images, labels, test, val_size, seed):
 
 
 def _mnist(root, val_size, seed):
-    _download_mnist(root)
+    raw = root / "MNIST" / "raw"
+    if not all(os.path.lexists(raw / name) for name in MNIST_FILES):
+        _download_mnist(root, raw)
     for name, md5 in MNIST_FILES.items():
-        path = root / "MNIST" / "raw" / name
-        if not check_integrity(path, md5):
+        if not check_integrity(raw / name, md5):
             raise ValueError(
-                f"{path} is not MNIST's file, whose MD5 is {md5}: delete it, and it is downloaded "
-                "again"
+                f"{raw / name} is not MNIST's file, whose MD5 is {md5}: delete it, and it is "
+                "downloaded again"
             )
     train = MNIST(root, train=True)
     test = MNIST(root, train=False)
@@ -221,21 +181,16 @@ def _mnist(root, val_size, seed):
     return _split("mnist", train.data[:, None] / 255, train.targets, test, val_size, seed)
 
 
-def _download_mnist(root):
-    """Let torchvision download MNIST if it is not there; of two processes the second waits.
+def _download_mnist(root, raw):
+    """Let torchvision download what is missing; of two processes the second waits and finds it.
 
-    FileNotFoundError, saying why, if it cannot be had.
+    FileNotFoundError, saying why, if MNIST cannot be had.
     """
-    raw = root / "MNIST" / "raw"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         with _lock(raw, wait=True):
-            if all(os.path.lexists(raw / name) for name in MNIST_FILES):
-                return
             MNIST(root, download=True)
-            for packed in raw.glob("*.gz"):
-                packed.unlink()
     except Exception as error:  # whatever the network does, the reason is told
         for folder in (raw, raw.parent, root):
             with contextlib.suppress(OSError):  # there is something in it
@@ -1413,74 +1368,119 @@ def squared_error(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def read_digit(path: str | Path) -> Tensor:
-    """One's own picture of one handwritten digit -> (1, 1, 28, 28) float32 in [0, 1], made the way MNIST was made.
+    """Read a picture of one handwritten digit and make it an image like MNIST's.
 
-    A photograph of pen on paper, a scan or a drawing, dark on light or light on dark, on a transparent ground, too: paper
-    becomes black, ink white, the ink is scaled to 20 pixels, and its centre of mass moved to the middle.
-    Raises FileNotFoundError where there is no file, ValueError for what is no picture, or not of one digit.
+    The picture may be a photograph of pen on paper, a scan or a drawing, dark on light or light
+    on dark. Returns (1, 1, 28, 28) float32 in [0, 1]: black paper, white ink, the digit scaled to
+    20 pixels, its centre of mass in the middle. Strokes thinner than MNIST's are thickened.
+    Raises TypeError if `path` is not a path, FileNotFoundError if there is no file, and
+    ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = _as_path(path, "path")
-    if not path.exists():
+    grey = _grey(path)
+    ink = _ink(grey, least=0.1)
+    if not ink.any():  # a tight crop: paper around it frees the digit from the border
+        ink = _ink(np.pad(grey, 4, constant_values=np.median(grey[[0, -1]])), least=0.35)
+    _check_one_digit(ink > 0, path.name)
+    ink = _thicken((ink / _level(ink)).clip(0, 1))
+    return _like_mnist(torch.tensor(ink, dtype=torch.float32), contrast=1)[None]
+
+
+def _grey(path):
+    """The grey values of a picture in even light, (h, w), its longer side 280 pixels."""
+    if not path.is_file():
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            grey = _grey(ImageOps.exif_transpose(picture))
+        with Image.open(path) as picture:
+            picture.thumbnail((560, 560), Image.Resampling.BOX)
+            picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # whatever Pillow stumbles over
-        raise ValueError(
-            f"{path} cannot be read as a picture: {error or type(error).__name__}"
-        ) from None
-    paper = _paper(grey)
-    ink = grey - paper
-    if (
-        ndimage.gaussian_filter(ink, 1) ** 3
-    ).sum() < 0:  # dark on light: what shines back is paper and ink multiplied
-        ink = -ink / paper.clip(0.1)
-    soft = ndimage.gaussian_filter(ink, 1)
-    full = ink[soft >= 0.6 * soft.max()].mean()  # the level of a stroke's inside
-    if full < 0.1:
-        raise ValueError(f"{path} shows no digit: there is no ink on it")
-    pieces = ndimage.label(soft > 0.25 * full, np.ones((3, 3)))[0]
-    sizes = np.bincount(pieces.ravel())[1:]
-    large = 1 + np.flatnonzero(sizes > 0.05 * sizes.max())  # the rest are specks
-    stroke = np.isin(pieces, large)
-    side = max(np.ptp(where) + 1 for where in stroke.nonzero())
-    if side < 8 or len(large) > 3 or stroke.sum() > 0.7 * side**2:
-        raise ValueError(
-            f"{path} does not show one digit: {len(large)} pieces of ink, the whole {side} pixels large, "
-            f"{stroke.sum() / side**2:.0%} of it covered"
-        )
-    return _like_mnist(
-        torch.tensor(np.where(stroke, (ink / full).clip(0.01, 1), 0), dtype=torch.float32),
-        contrast=1,
-    )[None]
-
-
-def _grey(picture):
-    """The grey values of a picture, (h, w) in [0, 1], at most 400 pixels large; a transparent ground is what the ink is not."""
+        reason = str(error).replace(str(path), path.name)
+        raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
     if picture.mode[0] in "IF":  # 16 or 32 bits
-        values = np.asarray(picture, dtype=float)
-        picture = Image.fromarray(
-            (255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8)
-        )
-    picture.thumbnail((400, 400), Image.Resampling.BOX)
-    grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), dtype=float), 2, 0) / 255
-    ground = 1.0 if (grey * alpha).sum() < 0.5 * alpha.sum() else 0.0
-    return alpha * grey + (1 - alpha) * ground
+        values = np.asarray(picture, float)
+        picture = Image.fromarray(np.uint8(255 * values / values.max().clip(1e-9)))
+    picture = ImageOps.contain(picture.convert("LA"), (280, 280))
+    grey, alpha = np.moveaxis(np.asarray(picture) / 255, 2, 0)
+    ground = np.average(grey, weights=alpha + 1e-9) < 0.5  # what the ink is not
+    grey = ground + alpha * (grey - ground)
+    for rows in (grey, grey.T):  # light that falls off steadily is levelled, in place
+        if len(rows) > 20:
+            rows -= np.median(rows[20:] - rows[:-20]) / 20 * np.arange(len(rows))[:, None]
+    return grey
 
 
-def _paper(grey):
-    """The paper under the ink, (h, w): a smooth surface of second degree through all pixels that are near it."""
-    y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in grey.shape), indexing="ij")
-    surface = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1).reshape(-1, 6)
-    rest = grey.ravel() - np.median(grey)
-    for _ in range(10):
-        near = np.abs(rest) <= max(3 * np.median(np.abs(rest)), 0.02)
-        paper = surface @ np.linalg.lstsq(surface[near], grey.ravel()[near], rcond=None)[0]
-        rest = grey.ravel() - paper
-    return paper.reshape(grey.shape)
+def _ink(grey, least):
+    """Dark or light ink, (h, w) in [0, 1]: the clearer one, or else the one that reaches further.
+
+    Strokes enclose their holes, never the other way round.
+    """
+    found = _dark_ink(grey, least), _dark_ink(-grey, least)
+    return max(found, key=lambda ink: _side(ink) * ink.max() ** 2)
+
+
+def _dark_ink(grey, least):
+    """Strokes darker than the paper by `least` or more, and by how much, (h, w).
+
+    The picture is a landscape whose hollows are filled up to where they would run over into the
+    border. Shadows, tables, lines on the paper and fading light reach the border: they stay dry.
+    """
+    soft = ndimage.gaussian_filter(grey, 1)
+    inside = np.pad(np.full_like(soft[2:, 2:], 9), 1, constant_values=-9)  # beyond any grey
+    ink = reconstruction(np.maximum(soft, inside), soft, method="erosion") - grey
+    stroke = _pieces(ndimage.gaussian_filter(ink, 1) > 0.3 * _level(ink))
+    ink = ink.clip(0.001) * stroke
+    # An area is no stroke. Where ink is as light as the border, it is a hole in tight strokes.
+    is_area = _width(stroke) > 0.4 * _side(stroke)
+    is_hole = np.median(grey[[0, -1]]) < np.average(grey, weights=stroke + 1e-9)
+    return ink * (_level(ink) > least and not is_area and not is_hole)
+
+
+def _pieces(stroke):
+    """The strokes, (h, w) bool, without specks and frames."""
+    pieces = label(stroke)
+    for piece in regionprops(pieces):
+        is_frame = piece.area_filled > 0.9 * piece.area_bbox > 3 * piece.area
+        if is_frame or piece.area < 0.05 * stroke.sum():
+            stroke[pieces == piece.label] = False
+    return stroke
+
+
+def _level(ink):
+    """The level of a stroke's inside."""
+    return np.median(ink[ink >= 0.5 * ink.max()])
+
+
+def _side(ink):
+    """The longer side of the ink's bounding box in pixels, 0 without ink."""
+    return int(ink.any()) and max(np.ptp(where) + 1 for where in ink.nonzero())
+
+
+def _width(stroke):
+    """The mean width of strokes in pixels."""
+    # The distance to the edge averages a quarter of the width, and half a pixel.
+    return 4 * ndimage.distance_transform_edt(stroke).sum() / stroke.sum().clip(1) - 2
+
+
+def _check_one_digit(stroke, name):
+    """ValueError unless the strokes, (h, w) bool, can be one digit's."""
+    pieces = label(stroke)
+    heights = np.array([piece.image.shape[0] for piece in regionprops(pieces)])
+    if not 0 < len(heights) < 5 or _side(stroke) < 17:  # a dot is smaller
+        hint = "write one digit large on paper without lines or squares"
+        raise ValueError(f"{name} shows {len(heights)} piece(s) of ink, not one digit: {hint}")
+    tall = 1 + np.flatnonzero(heights > 0.6 * heights.max())
+    digits = label(np.isin(pieces, tall).any(0)).max()  # a broken digit has one tall piece
+    if digits > 1:
+        raise ValueError(f"{name} shows {digits} digits side by side; it must show one")
+
+
+def _thicken(ink):
+    """The ink, (h, w), its strokes thickened if they are thinner than 99 % of MNIST's digits."""
+    missing = 0.1 * _side(ink) - _width(ink > 0)
+    if missing < 0.021 * _side(ink):  # MNIST's 1 % quantile is a width of 0.079 of the side
+        return ink
+    return (1 + missing / 2 - ndimage.distance_transform_edt(ink == 0)).clip(0, 1)
 
 
 # ---------------------------------------- Figures ----------------------------------------
@@ -1555,3 +1555,50 @@ def plot_history(history: list[dict]) -> Figure:
         ax.grid(alpha=0.3)
     axes[0].legend()
     return figure
+
+
+# ---------------------------------- Checks of arguments ----------------------------------
+
+
+def _integer(value, name, low, high=None):
+    """The value as a plain int; TypeError or ValueError, by name, if it is none in the range."""
+    check_scalar(value, name, Integral, min_val=low, max_val=high)
+    if isinstance(value, bool):  # which Python counts among the integers
+        raise TypeError(f"{name} must be an integer, not {value}")
+    return int(value)
+
+
+def _number(value, name, low, high=sys.float_info.max):
+    """The value as a plain float; TypeError or ValueError, by name, if it is none in the range."""
+    check_scalar(value, name, Real, min_val=low, max_val=high)
+    if isinstance(value, bool) or math.isnan(value):  # NaN compares with nothing
+        raise ValueError(f"{name} must be a number, not {value}")
+    return float(value)
+
+
+def _check_images(images, name="images", check_values=True):
+    kind = images.dtype if isinstance(images, Tensor) else type(images)
+    if kind != torch.float32:
+        raise TypeError(f"{name} must be a torch.Tensor of float32, not of {kind}")
+    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or len(images) == 0:
+        shape = tuple(images.shape)
+        raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
+    if check_values:
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # false for NaN, too
+            raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
+
+
+def _check_pair(images, originals):
+    _check_images(images)
+    _check_images(originals)
+    if images.shape != originals.shape:
+        raise ValueError(f"{len(images)} images cannot be compared with {len(originals)}")
+
+
+def _as_path(value, name):
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be the name of a file or folder, not {type(value).__name__}")
+    if str(value) == "" or "\0" in str(value):
+        raise ValueError(f"{name} must be the name of a file or folder, not {value!r}")
+    return Path(os.path.expanduser(value))
