@@ -464,7 +464,7 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
 # ---------------------------------------- Training ----------------------------------------
 
 WEIGHT_DECAY = 0.1  # of the dense layers, which narrows the gap between training and validation
-MAX_EPOCHS = 5000  # the history of more would not fit into a checkpoint
+MAX_EPOCHS = 4000  # the history of more would not fit into a checkpoint
 
 
 def learning_rate_at(progress: float, learning_rate: float) -> float:
@@ -534,7 +534,8 @@ def fit(
         "val_images": _digest({"images": val_images}),
         "initial_weights": _digest(network.state_dict()),
     }
-    _pack(network, {"settings": [settings]})  # what cannot be saved is refused before any work
+    # What cannot be saved is refused before any work, with room for a row of history per epoch.
+    _pack(network, {"settings": [settings], "history": epochs * ["0" * 400]})
     if checkpoint is not None:
         checkpoint = _path_to_write(checkpoint, "checkpoint")
 
@@ -726,7 +727,7 @@ def _restore(path, resume, settings, best, state):
     if not os.path.lexists(path):
         return []
     found, found_state = _unpack(_read(path), path)
-    found_settings = found.metadata.get("settings")
+    found_settings = found.metadata.get("settings", {})
     if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
         # The model holds the best epoch that an interrupt left: it may go on with the run, too.
         settings["initial_weights"] = found_settings["initial_weights"]
@@ -766,7 +767,7 @@ def _save_run(path, best, about, state, saved):
 # the model and what is known of it, and the SHA-256 of that text and of all tensors.
 FORMAT = 3  # raise it when an older file can no longer be read
 MAX_FILE_BYTES = 2**26  # an unfinished run of the largest model has 45 MB
-MAX_HEADER_BYTES = 2**21  # an unfinished run of 5,000 epochs has 1.7 MB
+MAX_HEADER_BYTES = 2**21  # an unfinished run of 4,000 epochs has 1.6 MB
 TRAINING_STATE = "training/"  # what the names of an unfinished run's further tensors begin with
 
 
@@ -884,7 +885,7 @@ def _pack(model, metadata, state=None):
     }
     try:
         text = json.dumps(header, allow_nan=False)
-        plain = json.loads(text) == header and len(text) < MAX_HEADER_BYTES / 2
+        plain = json.loads(text) == header and len(text) < 0.9 * MAX_HEADER_BYTES
     except (TypeError, ValueError, RecursionError):
         plain = False
     if not plain:

@@ -155,11 +155,17 @@ def test_sentences(tmp_path, monkeypatch):
     assert utils.read_digit("~/mine.png").shape == (1, 1, 28, 28)
 
 
-
 def photograph(digit, style, rng):
     """A picture that somebody might have taken of a digit (28, 28): large, off-centre, in uneven light, with noise."""
     side = int(28 * rng.uniform(5, 16))
-    ink = np.asarray(Image.fromarray((255 * digit).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)) / 255
+    ink = (
+        np.asarray(
+            Image.fromarray((255 * digit).astype(np.uint8)).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
+        )
+        / 255
+    )
     height, width = (int(side * rng.uniform(1.1, 2)) for _ in range(2))
     page = np.zeros((height, width))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
@@ -185,9 +191,16 @@ def test_a_digit_in_a_photograph_comes_back_as_it_was(mnist, tmp_path, style):
     for digit in mnist.test.images[:12, 0].numpy():
         photograph(digit, style, rng).save(tmp_path / "digit", STYLES[style], quality=80)
         mine = utils.read_digit(tmp_path / "digit")
-        assert mine.shape == (1, 1, 28, 28) and mine.dtype == torch.float32 and 0 <= mine.min() < mine.max() <= 1
+        assert (
+            mine.shape == (1, 1, 28, 28)
+            and mine.dtype == torch.float32
+            and 0 <= mine.min() < mine.max() <= 1
+        )
         found.append(np.corrcoef(mine.flatten(), digit.ravel())[0, 1])
-    assert np.median(found) > 0.95 and np.quantile(found, 0.1) > 0.8, (np.median(found), np.quantile(found, 0.1))
+    assert np.median(found) > 0.95 and np.quantile(found, 0.1) > 0.8, (
+        np.median(found),
+        np.quantile(found, 0.1),
+    )
 
 
 @pytest.fixture
@@ -198,11 +211,21 @@ def seven():
     return picture
 
 
-@pytest.mark.parametrize("turn", [
-    lambda p: p.convert("RGB"), lambda p: p.convert("1"), lambda p: p.convert("P"), lambda p: p.convert("CMYK"), ImageOps.invert,
-    lambda p: p.convert("F"), lambda p: Image.fromarray(np.asarray(p).astype(np.uint16) * 200), lambda p: p.resize((1500, 2000)),
-    lambda p: Image.merge("LA", (Image.new("L", p.size, 0), ImageOps.invert(p))),
-    lambda p: Image.merge("LA", (Image.new("L", p.size, 255), ImageOps.invert(p)))])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        lambda p: p.convert("RGB"),
+        lambda p: p.convert("1"),
+        lambda p: p.convert("P"),
+        lambda p: p.convert("CMYK"),
+        ImageOps.invert,
+        lambda p: p.convert("F"),
+        lambda p: Image.fromarray(np.asarray(p).astype(np.uint16) * 200),
+        lambda p: p.resize((1500, 2000)),
+        lambda p: Image.merge("LA", (Image.new("L", p.size, 0), ImageOps.invert(p))),
+        lambda p: Image.merge("LA", (Image.new("L", p.size, 255), ImageOps.invert(p))),
+    ],
+)
 def test_size_mode_and_ground_do_not_matter(seven, tmp_path, turn):
     seven.save(tmp_path / "plain.png")
     turned = turn(seven)
@@ -217,7 +240,9 @@ def test_a_photograph_held_sideways_is_turned_by_its_exif(seven, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     seven.rotate(90, expand=True).save(tmp_path / "sideways.jpg", exif=exif)
-    upright, sideways = (utils.read_digit(tmp_path / name).flatten() for name in ("upright.png", "sideways.jpg"))
+    upright, sideways = (
+        utils.read_digit(tmp_path / name).flatten() for name in ("upright.png", "sideways.jpg")
+    )
     assert np.corrcoef(upright, sideways)[0, 1] > 0.97
 
 
@@ -259,23 +284,40 @@ def bomb(path):
     """A PNG of 900 megapixels in a few bytes: what it says in its header."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c))
+            for k, c in chunks
+        )
+    )
 
 
 def cut_short(path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100), dtype=np.uint8)).save(path, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100), dtype=np.uint8)).save(
+        path, "JPEG"
+    )
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda path: None, "there is no picture at"), (lambda path: path.mkdir(), "there is no picture at"),
-    (os.mkfifo, "there is no picture at"), (write_bytes(b""), "cannot be read"), (write_bytes(b"my notes"), "cannot be read"),
-    (cut_short, "cannot be read"), (bomb, "exceeds limit"),
-    (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "not one digit"),
-    (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "not one digit"),
-    (lambda path: Image.new("L", (1, 1), 0).save(path, "PNG"), "not one digit"),
-    (one_dot, "not one digit"), (blot, "not one digit"), (page_of_writing, "not one digit")])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda path: None, "there is no picture at"),
+        (lambda path: path.mkdir(), "there is no picture at"),
+        (os.mkfifo, "there is no picture at"),
+        (write_bytes(b""), "cannot be read"),
+        (write_bytes(b"my notes"), "cannot be read"),
+        (cut_short, "cannot be read"),
+        (bomb, "exceeds limit"),
+        (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "not one digit"),
+        (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "not one digit"),
+        (lambda path: Image.new("L", (1, 1), 0).save(path, "PNG"), "not one digit"),
+        (one_dot, "not one digit"),
+        (blot, "not one digit"),
+        (page_of_writing, "not one digit"),
+    ],
+)
 def test_what_is_no_picture_of_a_digit_is_told_in_one_sentence(tmp_path, make, says):
     make(tmp_path / "mine")
     with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
