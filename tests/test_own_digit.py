@@ -148,7 +148,7 @@ def test_sentences(tmp_path, monkeypatch):
         utils.read_digit(tmp_path / "mine.heic")
     assert str(tmp_path) not in str(caught.value)
     for wrong in (np.zeros((28, 28)), torch.zeros(28, 28), None, 3):
-        with pytest.raises(TypeError, match=f"not a {type(wrong).__name__}$"):
+        with pytest.raises(TypeError, match=f"not {type(wrong).__name__}$"):
             utils.read_digit(wrong)
     monkeypatch.setenv("HOME", str(tmp_path))
     read(seven_on(page()), tmp_path)
@@ -156,16 +156,13 @@ def test_sentences(tmp_path, monkeypatch):
 
 
 def photograph(digit, style, rng):
-    """A picture that somebody might have taken of a digit (28, 28): large, off-centre, in uneven light, with noise."""
+    """A picture that somebody might have taken of a digit (28, 28).
+
+    It is large and off-centre, in uneven light, with noise.
+    """
     side = int(28 * rng.uniform(5, 16))
-    ink = (
-        np.asarray(
-            Image.fromarray((255 * digit).astype(np.uint8)).resize(
-                (side, side), Image.Resampling.BICUBIC
-            )
-        )
-        / 255
-    )
+    ink = Image.fromarray((255 * digit).astype(np.uint8))
+    ink = np.asarray(ink.resize((side, side), Image.Resampling.BICUBIC)) / 255
     height, width = (int(side * rng.uniform(1.1, 2)) for _ in range(2))
     page = np.zeros((height, width))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
