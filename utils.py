@@ -52,7 +52,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
-from torchvision.datasets import MNIST
+from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import InterpolationMode, rotate
 from tqdm import tqdm
@@ -92,6 +92,13 @@ MNIST_FILES = {  # MD5 of the unpacked files
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 NETWORK_TIMEOUT = 5  # seconds of silence after which the next mirror is tried
+
+
+class MNIST(datasets.MNIST):
+    """torchvision's, without the unchecked copy in MNIST/processed that its old versions made."""
+
+    def _check_legacy_exist(self):
+        return False
 
 
 class Split(NamedTuple):
@@ -548,6 +555,7 @@ def fit(
     with _lock(checkpoint) if checkpoint else contextlib.nullcontext():
         history = _restore(checkpoint, resume, settings, best, state) if checkpoint else []
         saved = len(history)
+        on_disk = copy.deepcopy(best)
         try:
             with _progress_bar(settings, len(images), saved) as bar:
                 for epoch in range(saved + 1, epochs + 1):
@@ -562,13 +570,14 @@ def fit(
                         best.load_state_dict(average.state_dict())
                     if checkpoint and _save_run(checkpoint, best, about, state, saved):
                         saved = epoch
+                        on_disk.load_state_dict(best.state_dict())
         except BaseException as error:
             network.load_state_dict(start)
             network.zero_grad()
             kept = "Nothing of this run is kept: none of its epochs was saved."
             if saved:
-                network.load_state_dict(best.state_dict())
-                network.metadata = _describe(history, metadata, settings)
+                network.load_state_dict(on_disk.state_dict())
+                network.metadata = _describe(history[:saved], metadata, settings)
                 kept = f"{checkpoint} keeps the run up to epoch {saved}; run again to go on."
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"Stopped. {kept}") from None
@@ -728,18 +737,24 @@ def _restore(path, resume, settings, best, state):
         return []
     found, found_state = _unpack(_read(path), path)
     found_settings = found.metadata.get("settings", {})
+    sought = settings
     if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
         # The model holds the best epoch that an interrupt left: it may go on with the run, too.
-        settings["initial_weights"] = found_settings["initial_weights"]
-    if not resume or found_settings != settings:
+        sought = {**settings, "initial_weights": found_settings["initial_weights"]}
+    history = found.metadata.get("history", [])
+    finished = len(history) == settings["epochs"]
+    if not resume or found_settings != sought or not (finished or found_state):
         return []
-    history = found.metadata["history"]
+    settings.update(sought)
     for row in history:
         print(_format_row(row, settings["epochs"]))
-    if len(history) == settings["epochs"]:
+    if finished:
         print(f"{path} holds this run, finished: it is not trained again")
     else:
-        _check_tensors(found_state, state)
+        try:
+            _check_tensors(found_state, state)
+        except ValueError as error:
+            raise CheckpointError(f"{path} holds no run that can go on ({error})") from None
         for name, tensor in state.items():
             tensor.detach().copy_(found_state[name])
         print(f"going on after epoch {len(history)} from {path}")
@@ -866,7 +881,8 @@ def _digest(tensors, text=""):
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        flat = tensor.detach().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())  # as bytes: NumPy has no bfloat16
     return digest.hexdigest()
 
 

@@ -1,249 +1,831 @@
-"""Measure every figure that the pages and the notebooks quote, into models_mnist/reference.json. Not a test.
+"""Measure every number that the pages quote, into models_mnist/reference.json. Not a test.
 
-    python tests/measure.py train      the models below by the full recipe (nine minutes each on one thread)
-    python tests/measure.py scores     anomaly scores and sizes of the mixture, compared on validation images
-    python tests/measure.py test       the test set: loss, likelihood, robustness, anomalies
-    python tests/measure.py left-out   five epochs each on nine digits; the tenth is the anomaly (an hour)
-    python tests/measure.py samples    how good samples are, by a classifier
-    python tests/measure.py card       writes the tables of the model card from all this (seconds)
+    python tests/measure.py train       the models below by the full recipe (9 minutes each)
+    python tests/measure.py scores      anomaly scores and mixtures, compared on validation images
+    python tests/measure.py test        the test set: loss, robustness, anomalies
+    python tests/measure.py likelihood  importance-sampled log-likelihood of the VAE
+    python tests/measure.py compare     differences between models, image by image (needs `test`)
+    python tests/measure.py left-out    five epochs on nine digits; the tenth is the anomaly
+    python tests/measure.py samples     how good samples are, by a classifier
+    python tests/measure.py card        writes the tables of the pages from all this (seconds)
 
-Trainings go to models_mnist/runs, are resumed when interrupted, and not repeated when they are there. Figures are kept
-seed by seed; with --models and --seeds, two processes can share the work.
+Trainings go to models_mnist/runs. An interrupted one is resumed, a finished one is not repeated.
+Figures are kept seed by seed, so that two processes can share the work by --models and --seeds.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import rankdata, ttest_ind
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 
 FOLDER = Path(__file__).resolve().parent.parent / "models_mnist"
+RUNS = FOLDER / "runs"
 DEVICE = utils.pick_device()
-MODELS = {  # what differs from the recipe
-    "vae": {}, "ae32": {"variational": False}, "ae12": {"variational": False, "latent_dim": 12},
-    "ae16": {"variational": False, "latent_dim": 16}, "ae8": {"variational": False, "latent_dim": 8},
-    "vae beta 0.25": {"beta": 0.25}, "vae beta 4": {"beta": 4.0}}
-TUNED = list(utils.ANOMALIES)[:7]  # kinds on which scores are chosen; the others are only reported
-COMPONENTS = (1, 5, 10, 20, 50, 100)
-NUM_COMPONENTS = 50  # of the mixture: see `scores`
-MIXTURE_IMAGES = 20_000  # training images it is fitted to, for speed
 
 
-def train(data, name, seed, path, **options):
-    """The model at the best epoch of one run of the recipe."""
-    different = dict(MODELS[name])
-    model_options = {key: different.pop(key) for key in ("variational", "latent_dim") if key in different}
+# ---------------------------------------- Models ----------------------------------------
+
+
+class NoisyCode(utils.VAE):
+    """An autoencoder whose code carries Gaussian noise of a fixed standard deviation, 0.3.
+
+    Its KL is 0.5 mu^2 plus a constant: the constant-variance VAE of Ghosh et al. (2020).
+    """
+
+    def encode(self, x):
+        mu, logvar = super().encode(x)
+        return mu, torch.full_like(logvar, 2 * math.log(0.3))
+
+
+class Denoising(utils.VAE):
+    """Trained to give back the clean image from one with Gaussian noise.
+
+    The noise's standard deviation is drawn for each image, uniformly from 0 to 0.3.
+    """
+
+    def forward(self, x, generator=None):
+        if not self.training:
+            return super().forward(x, generator)
+        level = 0.3 * torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        mu, logvar = self.encode((x + level * noise).clamp(0, 1))
+        z = utils.reparameterize(mu, logvar, generator) if self.variational else mu
+        return self.decode(z), mu, logvar
+
+
+class Recipe(NamedTuple):
+    """What differs from the README's recipe: the class, its arguments, those of `utils.fit`."""
+
+    model: type[utils.VAE]
+    arguments: dict
+    training: dict
+
+
+MODELS = {
+    "vae": Recipe(utils.VAE, {}, {}),
+    "ae12": Recipe(utils.VAE, {"variational": False, "latent_dim": 12}, {}),
+    "ae32": Recipe(utils.VAE, {"variational": False}, {}),
+    "ae32 noisy code": Recipe(NoisyCode, {}, {}),
+    "ae32 denoising": Recipe(Denoising, {"variational": False}, {}),
+    "vae denoising": Recipe(Denoising, {}, {}),
+    "ae8": Recipe(utils.VAE, {"variational": False, "latent_dim": 8}, {}),
+    "ae16": Recipe(utils.VAE, {"variational": False, "latent_dim": 16}, {}),
+    "vae beta 0.25": Recipe(utils.VAE, {}, {"beta": 0.25}),
+    "vae beta 4": Recipe(utils.VAE, {}, {"beta": 4.0}),
+}
+THREE_SEEDS = list(MODELS)[:6]
+DEFAULT_MODELS = {  # of each command
+    "train": THREE_SEEDS,
+    "scores": ["vae", "ae12", "ae32"],
+    "test": THREE_SEEDS,
+    "likelihood": ["vae"],
+    "compare": THREE_SEEDS,
+    "left-out": ["vae", "ae12", "ae32"],
+    "samples": ["vae", "ae12", "ae32", "ae32 noisy code"],
+}
+
+
+def train(data, name, seed, left_out=None, **training):
+    """The model at the best epoch of one run; a finished run is loaded, not trained again."""
+    recipe = MODELS[name]
+    metadata = {"data": data.name, "left_out": left_out}
+    if recipe.model is not utils.VAE:
+        metadata["model"] = name
     utils.seed_everything(seed)
-    model = utils.VAE(**model_options).to(DEVICE)
-    utils.fit(model, data.train.images, data.val.images, checkpoint=FOLDER / "runs" / path, seed=seed, **different, **options)
+    model = recipe.model(**recipe.arguments).to(DEVICE)
+    utils.fit(
+        model,
+        data.train.images,
+        data.val.images,
+        checkpoint=run_path(name, seed, left_out),
+        seed=seed,
+        metadata=metadata,
+        **recipe.training,
+        **training,
+    )
     return model
 
 
-def trained(data, name, seed):
-    return train(data, name, seed, f"{name.replace(' ', '_')}_seed{seed}_best.pt", metadata={"data": data.name, "left_out": None})
+def run_path(name, seed, left_out=None):
+    stem = f"{name.replace(' ', '_')}_seed{seed}"
+    if left_out is not None:
+        stem = f"without{left_out}_{stem}"
+    return RUNS / f"{stem}_best.safetensors"
 
 
-def read():
-    file = FOLDER / "reference.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+# ---------------------------------------- Records ----------------------------------------
 
 
-def keep(section, name, seed, figures):
-    """Enter one seed's figures beside those of the others; two processes may do so at a time."""
-    file = FOLDER / "reference.json"
+def read_reference():
+    path = FOLDER / "reference.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
+
+
+def keep(figures, section, name, key):
+    """Enter figures at section / name / key of reference.json; two processes may do so at a time.
+
+    `key` is a seed, or what else the rows of a section are told apart by.
+    """
+    path = FOLDER / "reference.json"
     with filelock.FileLock(FOLDER / ".reference.lock"):
-        there = read()
-        rows = there.setdefault(section, {}).setdefault(name, {})
-        rows[str(seed)] = figures
-        there[section][name] = dict(sorted(rows.items()))
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(there, indent=1) + "\n")
-        part.replace(file)
-    print(section, name, seed, json.dumps(figures), flush=True)
+        reference = read_reference()
+        rows = reference.setdefault(section, {}).setdefault(name, {})
+        rows[str(key)] = rounded(figures)
+        reference[section][name] = dict(sorted(rows.items()))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(reference, indent=1) + "\n")
+        part.replace(path)
+    print(f"{section}, {name}, {key}: kept", flush=True)
 
 
 def rounded(figures):
-    return {key: rounded(value) if isinstance(value, dict) else round(float(value), 4) for key, value in figures.items()}
+    """Numbers to five decimals, in dictionaries and lists, too; text and None stay."""
+    if isinstance(figures, dict):
+        return {key: rounded(value) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [rounded(value) for value in figures]
+    if figures is None or isinstance(figures, str | int):
+        return figures
+    return round(float(figures), 5)
+
+
+# What `test` finds out about every single image: arrays by quantity and by kind of image, such as
+# arrays["error"]["noise 0.3"], (10,000,). `compare` pairs those of two models.
+
+
+def arrays_path(name, seed):
+    return RUNS / f"{name.replace(' ', '_')}_seed{seed}_test.npz"
+
+
+def save_arrays(arrays, path):
+    flat = {}
+    for quantity, kinds in arrays.items():
+        for kind, values in kinds.items():
+            flat[f"{quantity}/{kind}"] = values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **flat)
+
+
+def load_arrays(path):
+    arrays = {}
+    with np.load(path) as file:
+        for key in file.files:
+            quantity, kind = key.split("/")
+            arrays.setdefault(quantity, {})[kind] = file[key]
+    return arrays
+
+
+# ---------------------------------------- Statistics ----------------------------------------
 
 
 def auroc(normal, anomalous):
-    """The area under the ROC curve: the probability that an anomaly scores higher than a normal image."""
-    return float(roc_auc_score([0] * len(normal) + [1] * len(anomalous), torch.cat([normal, anomalous])))
+    """The probability that an anomaly scores higher than a normal image; a tie counts half."""
+    is_anomalous = np.repeat([0, 1], [len(normal), len(anomalous)])
+    return float(roc_auc_score(is_anomalous, np.concatenate([normal, anomalous])))
 
 
-# what is chosen, on validation images
+def placements(normal, anomalous):
+    """Placement values (DeLong et al., 1988); the mean of either array is the AUROC.
+
+    (M,): for each anomaly, the share of the normal images that score lower.
+    (N,): for each normal image, the share of the anomalies that score higher.
+    """
+    ranks = rankdata(np.concatenate([normal, anomalous]))
+    normal_below = ranks[len(normal) :] - rankdata(anomalous)
+    anomalous_below = ranks[: len(normal)] - rankdata(normal)
+    of_anomalous = normal_below / len(normal)
+    of_normal = 1 - anomalous_below / len(anomalous)
+    return of_anomalous, of_normal
 
 
-def candidates(model, mixture):
-    """Anomaly scores by name; the density of the codes is that of the mixture."""
-    def entropy(x):
-        return F.binary_cross_entropy(x, x, reduction="none").flatten(1).sum(1).double()
+def standard_error(values):
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
-    scores = {"BCE of the decoded mean": lambda x: utils.excess_per_image(model.reconstruct(x).cpu(), x) + entropy(x),
-              "excess: the same less the image's entropy": lambda x: utils.excess_per_image(model.reconstruct(x).cpu(), x),
-              "ink": lambda x: utils.ink_per_image(model.reconstruct(x).cpu(), x),
-              "density of the codes": lambda x: utils.density_score(mixture, model, x),
-              "misfit: `anomaly_score`": lambda x: utils.anomaly_score(model, x)}
+
+def mean_difference(a, b):
+    """The mean of a - b, paired image by image, and its standard error over images."""
+    return float(np.mean(a - b)), standard_error(a - b)
+
+
+def auroc_difference(normal_a, anomalous_a, normal_b, anomalous_b, same_images):
+    """The AUROC of scores a less that of scores b on the same images, and its standard error.
+
+    `same_images`: every anomaly was made of the normal image in the same place. The two are one
+    cluster then, and their placement values are added before the variance is taken (Obuchowski,
+    1997). Otherwise normal images and anomalies are independent, and their variances are added.
+    """
+    of_anomalous_a, of_normal_a = placements(normal_a, anomalous_a)
+    of_anomalous_b, of_normal_b = placements(normal_b, anomalous_b)
+    of_anomalous = of_anomalous_a - of_anomalous_b
+    of_normal = of_normal_a - of_normal_b
+    if same_images:
+        error = standard_error(of_anomalous + of_normal)
+    else:
+        error = math.hypot(standard_error(of_anomalous), standard_error(of_normal))
+    return float(of_anomalous.mean()), error
+
+
+def standing(differences, errors, higher_is_better):
+    """Where the first of two models stands, by their differences and standard errors per seed.
+
+    "ahead" or "behind": in every seed, by more than two standard errors. Else "undecided".
+    """
+    pairs = list(zip(differences, errors, strict=True))
+    better = all(difference > 2 * error for difference, error in pairs)
+    worse = all(difference < -2 * error for difference, error in pairs)
+    if not higher_is_better:
+        better, worse = worse, better
+    if better:
+        return "ahead"
+    return "behind" if worse else "undecided"
+
+
+def welch(a, b):
+    """The p-value of Welch's t test over seeds; None where it has none (one seed, no spread)."""
+    if len(a) < 2 or len(b) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of values that do not vary
+        p = float(ttest_ind(a, b, equal_var=False).pvalue)
+    return None if math.isnan(p) else p
+
+
+def frechet_distance(a, b):
+    """Between two sets of features (N, D) taken as Gaussians (Heusel et al., 2017).
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), A and B being the covariances.
+    """
+    mean_term = (a.mean(0) - b.mean(0)).square().sum()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    return float(mean_term + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+# ------------------------------------- What is chosen -------------------------------------
+# On validation images alone.
+
+TUNED = list(utils.ANOMALIES)[:7]  # kinds on which the score is chosen; all others are reported
+COMPONENTS = (1, 5, 10, 20, 50, 100)
+NUM_COMPONENTS = 50  # of the mixture
+MIXTURE_IMAGES = 20_000  # training images it is fitted to: fewer than all, for speed
+
+
+def mixture_of(model, data, seed, num_components=NUM_COMPONENTS):
+    return utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], num_components, seed)
+
+
+def candidate_scores(model, mixture, images):
+    """The anomaly scores to choose from, by name, each (N,)."""
+    rebuilt = model.reconstruct(images).cpu()
+    excess = utils.excess_bce(rebuilt, images)
+    entropy = F.binary_cross_entropy(images, images, reduction="none").flatten(1).sum(1).double()
+    scores = {
+        "BCE of the decoded mean": excess + entropy,
+        "excess BCE: the same less the image's entropy": excess,
+        "largest window error": utils.window_error(rebuilt, images),
+        "density of the codes": utils.density_score(mixture, model, images),
+        "reconstruction: `anomaly_score`": reconstruction_score(rebuilt, images),
+    }
     if model.variational:
-        scores |= {"-ELBO": lambda x: utils.loss_per_image(model, x).loss,
-                   "-ELBO less entropy": lambda x: utils.loss_per_image(model, x).loss - entropy(x),
-                   "-log p(x), 50 samples, less entropy": lambda x: -utils.log_likelihood(model, x, 50) - entropy(x)}
-    return scores
+        loss = utils.loss_per_image(model, images).loss
+        log_p = utils.log_likelihood(model, images, 50)
+        scores["-ELBO"] = loss
+        scores["-ELBO less entropy"] = loss - entropy
+        scores["-log p(x), 50 samples, less entropy"] = -log_p - entropy
+    return {name: values.numpy() for name, values in scores.items()}
 
 
 def measure_scores(data, name, seed):
-    model, found = trained(data, name, seed), {"mixture": {}, "seconds": {}, "auroc": {}}
-    normal, other = data.val.images[:1000], data.val.images[1000:2000]
-    for components in COMPONENTS:
+    """How well each score tells the tuned kinds of anomaly, and each mixture describes codes."""
+    model = train(data, name, seed)
+    codes = utils.posterior(model, data.val.images)[0].cpu().double().numpy()
+    log_density = {}
+    seconds = {}
+    for count in COMPONENTS:
         started = time.perf_counter()
-        mixture = utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], components, seed)
-        found["seconds"][str(components)] = time.perf_counter() - started
-        codes = utils.posterior(model, data.val.images)[0].cpu().numpy()
-        found["mixture"][str(components)] = mixture.score(codes)  # nats per validation image
-        if components == NUM_COMPONENTS:
-            chosen = mixture
-    for score, function in candidates(model, chosen).items():
-        clean = function(normal)
-        found["auroc"][score] = {kind: auroc(clean, function(utils.ANOMALIES[kind](other, seed))) for kind in TUNED}
-        found["auroc"][score]["mean"] = statistics.mean(found["auroc"][score].values())
-    keep("scores", name, seed, rounded(found))
+        fitted = mixture_of(model, data, seed, count)
+        seconds[str(count)] = time.perf_counter() - started
+        log_density[str(count)] = fitted.score(codes)  # nats per validation image
+        if count == NUM_COMPONENTS:
+            mixture = fitted
+    normal = candidate_scores(model, mixture, data.val.images[:1000])
+    others = data.val.images[1000:2000]
+    areas = {score: {} for score in normal}
+    for kind in TUNED:
+        anomalous = candidate_scores(model, mixture, utils.ANOMALIES[kind](others, seed))
+        for score, values in anomalous.items():
+            areas[score][kind] = auroc(normal[score], values)
+    for of_kinds in areas.values():
+        of_kinds["mean"] = statistics.mean(of_kinds.values())
+    figures = {"mixture": log_density, "seconds": seconds, "auroc": areas}
+    keep(figures, "scores", name, seed)
 
 
-# what is reported, on test images
+# ------------------------------------- Foreign images -------------------------------------
+# Nothing was chosen on them. Each function returns (N, 1, 28, 28), brought to MNIST's size.
+
+TWINS = set("OoQIlZzSsbGBgq")  # letters that are digits, too: 0 0 0 1 1 2 2 5 5 6 6 8 9 9
+LETTERS = sorted(set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz") - TWINS)
+FONTS = (  # they come with Matplotlib
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSerif-BoldItalic",
+)
+
+
+def letters():
+    """38 letters in each of 12 fonts."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    images = []
+    for name in FONTS:
+        font = ImageFont.truetype(folder / f"{name}.ttf", 80)
+        for letter in LETTERS:
+            canvas = Image.new("L", (160, 160))
+            ImageDraw.Draw(canvas).text((40, 30), letter, fill=255, font=font)
+            images.append(to_mnist(canvas))
+    return torch.stack(images)
+
+
+def strokes(n=1000, seed=0):
+    """Random smooth strokes: sums of five slow waves in x and y, drawn with a pen."""
+    rng = np.random.default_rng(seed)
+    time_along = np.linspace(0, 1, 200)
+    frequency = np.arange(1, 6)[:, None]
+    images = []
+    for _ in range(n):
+        phase = rng.uniform(0, 2 * np.pi, (2, 5, 1))
+        amplitude = rng.normal(size=(2, 5, 1)) / frequency
+        waves = amplitude * np.sin(np.pi * frequency * time_along + phase)  # (2, 5, 200)
+        points = waves.sum(1)  # (2, 200): x and y
+        points -= points.min(1, keepdims=True)
+        points *= 100 / points.max()
+        canvas = Image.new("L", (160, 160))
+        pen = int(rng.integers(10, 17))
+        path = [tuple(point) for point in (points.T + 25).tolist()]
+        ImageDraw.Draw(canvas).line(path, fill=255, width=pen, joint="curve")
+        images.append(to_mnist(canvas))
+    return torch.stack(images)
+
+
+def to_mnist(canvas):
+    ink = torch.from_numpy(np.asarray(canvas, dtype=np.float32)) / 255
+    return utils._like_mnist(ink, contrast=1)
+
+
+def line_through(images, seed=0):
+    """A straight line through the middle of each digit, at a random angle, as thick as a pen."""
+    generator = torch.Generator().manual_seed(seed)
+    angle = math.pi * torch.rand((len(images), 1, 1, 1), generator=generator)
+    row, column = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    across = (row * angle.cos() - column * angle.sin()).abs()  # distance from the line
+    along = (row * angle.sin() + column * angle.cos()).abs()
+    line = (1.8 - across).clamp(0, 1) * (along < 11)
+    return torch.maximum(images, line)
+
+
+FOREIGN = {  # functions of the test digits and a seed
+    "scikit-learn's digits": lambda x, seed: utils.load_images("digits").train.images,
+    "letters": lambda x, seed: letters(),
+    "random strokes": lambda x, seed: strokes(seed=seed),
+    "line through": line_through,
+}
+KINDS = [*utils.ANOMALIES, *FOREIGN]
+INDEPENDENT = list(FOREIGN)[:3]  # all other anomalies are test digits that something was done to
+
+
+# ------------------------------------ What is reported ------------------------------------
+# On all 10,000 test images, except where a search or many samples make that too slow.
+
+LEVELS = {"clean": ("noise", 0.0)}  # a kind and its level by their common name
+for _kind, _corruption in utils.CORRUPTIONS.items():
+    for _level in _corruption.levels:
+        LEVELS[f"{_kind} {_level:g}"] = (_kind, _level)
+
+OPTIMISED = (
+    "clean",
+    "noise 0.3",
+    "salt and pepper 0.1",
+    "occlusion 12",
+    "blur 1.5",
+    "dimming 0.6",
+    "rotation 20",
+)
+SCORED = {"clean": "clean", "noise 0.3": "noisy", "occlusion 8": "occluded"}  # also as anomalies
+
+
+def spread_evenly(images, n):
+    """n of the images, spread evenly over them: the first ones of MNIST's test set are easier."""
+    return images[:: max(1, len(images) // n)]
+
+
+class AlreadyRebuilt(NamedTuple):
+    """Gives `utils.anomaly_score` reconstructions that are at hand, instead of a model."""
+
+    rebuilt: torch.Tensor
+
+    def reconstruct(self, images):
+        return self.rebuilt
+
+
+def reconstruction_score(rebuilt, images):
+    return utils.anomaly_score(AlreadyRebuilt(rebuilt), images)
+
+
+def measure_images(data, model, seed):
+    """Errors and anomaly scores of every image, from one reconstruction of each."""
+    mixture = mixture_of(model, data, seed)
+    test = data.test.images
+    arrays = {"input": {}, "error": {}, "optimised": {}, "reconstruction": {}, "density": {}}
+
+    def enter_scores(name, images, codes, rebuilt):
+        arrays["reconstruction"][name] = reconstruction_score(rebuilt, images).numpy()
+        arrays["density"][name] = -mixture.score_samples(codes.double().numpy())
+
+    for name, (kind, level) in LEVELS.items():
+        images = utils.corrupt(test, kind, level, seed)
+        codes, rebuilt = encode_and_decode(model, images)
+        arrays["input"][name] = utils.squared_error(images, test).numpy()
+        arrays["error"][name] = utils.squared_error(rebuilt, test).numpy()
+        if name in OPTIMISED:
+            some = spread_evenly(images, 500)
+            better = model.draw(utils.optimize_codes(model, some))
+            errors = utils.squared_error(better, spread_evenly(test, 500))
+            arrays["optimised"][name] = errors.numpy()
+        if name in SCORED:
+            enter_scores(SCORED[name], images, codes, rebuilt)
+
+    for name, make in {**utils.ANOMALIES, **FOREIGN}.items():
+        if name not in SCORED.values():
+            images = make(test, seed)
+            enter_scores(name, images, *encode_and_decode(model, images))
+
+    codes, rebuilt = encode_and_decode(model, data.val.images)
+    enter_scores("validation", data.val.images, codes, rebuilt)
+    errors = utils.squared_error(rebuilt, data.val.images)
+    arrays["error"]["validation"] = errors.numpy()
+    return arrays
+
+
+def encode_and_decode(model, images):
+    """The codes mu (N, D) and the reconstructions (N, 1, 28, 28), on the CPU."""
+    codes, _ = utils.posterior(model, images)
+    return codes.cpu(), model.draw(codes).cpu()
+
+
+def summarise(arrays):
+    """The means over images, AUROCs, and shares flagged at a threshold chosen on validation."""
+    figures = {}
+    for quantity in ("error", "optimised"):
+        figures[quantity] = {name: values.mean() for name, values in arrays[quantity].items()}
+    figures["error of the same 500"] = {}
+    for name in arrays["optimised"]:
+        figures["error of the same 500"][name] = spread_evenly(arrays["error"][name], 500).mean()
+    for score in ("reconstruction", "density"):
+        threshold = np.quantile(arrays[score]["validation"], 0.99)
+        areas = {}
+        flagged = {}
+        normal = arrays[score]["clean"]
+        flagged["clean"] = np.mean(normal > threshold)
+        for kind in KINDS:
+            anomalous = arrays[score][kind]
+            flagged[kind] = np.mean(anomalous > threshold)
+            areas[kind] = auroc(normal, anomalous)
+        figures[f"auroc {score}"] = areas
+        figures[f"flagged {score}"] = flagged
+    return figures
+
+
+def labels_by_neighbours(train_features, train_labels, test_features, test_labels):
+    """The share of test images with the label of most of their 5 nearest training images."""
+    neighbours = KNeighborsClassifier(5).fit(train_features, train_labels)
+    return neighbours.score(test_features, test_labels)
 
 
 def measure_test(data, name, seed):
-    model, test = trained(data, name, seed), data.test.images
-    found = dict(zip(("loss", "bce", "kl"), utils.evaluate(model, test, seed=seed)))
-    if model.variational:
-        some = test[:1000]
-        binarised = torch.bernoulli(some, generator=torch.Generator().manual_seed(seed))
-        found["loss of the first 1,000"] = utils.evaluate(model, some, seed=seed).loss
-        found["nll grey"] = -utils.log_likelihood(model, some, 500, seed).mean()
-        found["nll binarised"] = -utils.log_likelihood(model, binarised, 500, seed).mean()
-    found["active units"] = utils.active_units(utils.posterior(model, test)[0]).sum()
-    found |= {"error": {}, "optimised": {}, "input": {}}
-    some = test[:250]  # the search for better codes is slow
-    levels = [(kind, level) for kind, corruption in utils.CORRUPTIONS.items() for level in corruption.levels]
-    for kind, level in [("clean", 0), *levels]:
-        x = some if kind == "clean" else utils.corrupt(some, kind, level, seed)
-        key = f"{kind} {level:g}" if kind != "clean" else kind
-        found["error"][key] = utils.squared_error(model.reconstruct(x), some)
-        found["optimised"][key] = utils.squared_error(model.draw(utils.optimize_codes(model, x)), some)
-        found["input"][key] = utils.squared_error(x, some)
-    mixture = utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], NUM_COMPONENTS, seed)
-    normal, other = test[1000:2000], test[2000:3000]
-    scores = {"misfit": lambda x: utils.anomaly_score(model, x), "density": lambda x: utils.density_score(mixture, model, x)}
-    for score, function in scores.items():
-        clean, threshold = function(normal), function(data.val.images).quantile(0.99)
-        found[f"auroc {score}"], found[f"flagged {score}"] = {}, {"clean": (function(test) > threshold).double().mean()}
-        for kind in utils.ANOMALIES:
-            anomalous = function(utils.ANOMALIES[kind](other, seed))
-            found[f"auroc {score}"][kind] = auroc(clean, anomalous)
-            found[f"flagged {score}"][kind] = (anomalous > threshold).double().mean()
-    keep("test", name, seed, rounded(found))
+    model = train(data, name, seed)
+    test = data.test
+    loss = utils.loss_per_image(model, test.images, seed=seed)
+    codes, _ = utils.posterior(model, test.images)
+    some = data.train.images[:10_000]
+    labels = data.train.labels[:10_000]
+    some_codes, _ = utils.posterior(model, some)
+    figures = {
+        "loss": loss.loss.mean(),
+        "loss, standard error": standard_error(loss.loss.numpy()),
+        "bce": loss.bce.mean(),
+        "kl": loss.kl.mean(),
+        "active units": int(utils.active_units(codes).sum()),
+        "labels by 5 nearest codes": labels_by_neighbours(
+            some_codes.cpu(), labels, codes.cpu(), test.labels
+        ),
+    }
+    arrays = measure_images(data, model, seed)
+    save_arrays(arrays, arrays_path(name, seed))
+    keep({**figures, **summarise(arrays)}, "test", name, seed)
+    doing_nothing = summarise_input(arrays)
+    keep(doing_nothing, "test", "nothing", seed)
+
+
+def summarise_input(arrays):
+    """The errors of the corrupted images themselves, in the places of a model's."""
+    nothing = as_if_a_model(arrays)
+    figures = {}
+    for quantity, kinds in nothing.items():
+        figures[quantity] = {name: values.mean() for name, values in kinds.items()}
+    figures["error of the same 500"] = figures["optimised"]
+    return figures
+
+
+def as_if_a_model(arrays):
+    """Doing nothing as a model that gives back its input: its errors are those of the input."""
+    some = {name: spread_evenly(arrays["input"][name], 500) for name in arrays["optimised"]}
+    return {"error": arrays["input"], "optimised": some}
+
+
+def measure_likelihood(data, name, seed):
+    """-ELBO and -log p(x) of 1,000 test images, grey and binarised, with standard errors."""
+    model = train(data, name, seed)
+    grey = spread_evenly(data.test.images, 1000)
+    binarised = torch.bernoulli(grey, generator=torch.Generator().manual_seed(seed))
+    figures = {}
+    for kind, images in (("grey", grey), ("binarised", binarised)):
+        loss = utils.loss_per_image(model, images, seed=seed).loss
+        nll = -utils.log_likelihood(model, images, 500, seed)
+        for key, values in ((f"loss {kind}", loss), (f"nll {kind}", nll)):
+            figures[key] = values.mean()
+            figures[f"{key}, standard error"] = standard_error(values.numpy())
+    keep(figures, "likelihood", name, seed)
 
 
 def measure_left_out(data, name, seed):
+    """Five epochs without one digit; its test images against all others, by reconstruction."""
     for digit in range(10):
-        model = train(utils.leave_out(data, digit), name, seed, f"without{digit}_{name}_seed{seed}_best.pt", epochs=5,
-                      metadata={"data": data.name, "left_out": digit})
-        scores = utils.anomaly_score(model, data.test.images)
-        unknown = data.test.labels == digit
-        keep(f"left out, seed {seed}", name, digit, round(auroc(scores[~unknown], scores[unknown]), 4))
+        model = train(utils.leave_out(data, digit), name, seed, digit, epochs=5)
+        scores = utils.anomaly_score(model, data.test.images).numpy()
+        unknown = (data.test.labels == digit).numpy()
+        keep(auroc(scores[~unknown], scores[unknown]), f"left out, seed {seed}", name, digit)
 
 
-# how good samples are
+# ------------------------------------- Comparisons -------------------------------------
 
 
-def classifier(data):
-    """A small convolutional network that names digits, and the 64 features that it does it by."""
-    utils.seed_everything(0)
-    features = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU()).to(DEVICE)
-    head, epochs = nn.Linear(64, 10).to(DEVICE), 4
-    optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], 2e-3)
-    images, labels = data.train.images.to(DEVICE), data.train.labels.to(DEVICE)
-    for epoch in range(epochs):
-        for step, rows in enumerate(torch.randperm(len(images)).to(DEVICE).split(128)):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - (epoch + 128 * step / len(images)) / epochs)
-            optimizer.zero_grad()
-            F.cross_entropy(head(features(images[rows])), labels[rows]).backward()
-            optimizer.step()
+def compare(names, seeds):
+    """The VAE less each other model and less doing nothing, image by image, seed by seed."""
+    vae = [load_arrays(arrays_path("vae", seed)) for seed in seeds]
+    others = {"nothing": [as_if_a_model(arrays) for arrays in vae]}
+    for name in names:
+        if name != "vae":
+            others[name] = [load_arrays(arrays_path(name, seed)) for seed in seeds]
+    for name, other in others.items():
+        for quantity in ("error", "optimised"):
+            keep(compare_errors(vae, other, quantity), "compare", name, quantity)
+        if name != "nothing":
+            for score in ("reconstruction", "density"):
+                keep(compare_scores(vae, other, score), "compare", name, f"auroc {score}")
+
+
+def compare_errors(vae, other, quantity):
+    """For each corruption: differences of the squared errors, as `comparison` returns them."""
+    found = {}
+    for name in other[0][quantity]:
+        if name == "validation":
+            continue
+        pairs = [(a[quantity][name], b[quantity][name]) for a, b in zip(vae, other, strict=True)]
+        differences = [mean_difference(a, b) for a, b in pairs]
+        means_a = [float(a.mean()) for a, _ in pairs]
+        means_b = [float(b.mean()) for _, b in pairs]
+        found[name] = comparison(differences, means_a, means_b, higher_is_better=False)
+    return found
+
+
+def compare_scores(vae, other, score):
+    """For each kind of anomaly: differences of the AUROCs, as `comparison` returns them."""
+    found = {}
+    for kind in KINDS:
+        differences = []
+        areas_a = []
+        areas_b = []
+        for a, b in zip(vae, other, strict=True):
+            normal_a, anomalous_a = a[score]["clean"], a[score][kind]
+            normal_b, anomalous_b = b[score]["clean"], b[score][kind]
+            same_images = kind not in INDEPENDENT
+            differences.append(
+                auroc_difference(normal_a, anomalous_a, normal_b, anomalous_b, same_images)
+            )
+            areas_a.append(auroc(normal_a, anomalous_a))
+            areas_b.append(auroc(normal_b, anomalous_b))
+        found[kind] = comparison(differences, areas_a, areas_b, higher_is_better=True)
+    return found
+
+
+def comparison(differences, means_a, means_b, higher_is_better):
+    """One seed's difference and standard error over images after the other, and the verdict."""
+    values = [difference for difference, _ in differences]
+    errors = [error for _, error in differences]
+    return {
+        "difference": values,
+        "standard error": errors,
+        "welch p": welch(means_a, means_b),
+        "standing": standing(values, errors, higher_is_better),
+    }
+
+
+# --------------------------------------- Samples ---------------------------------------
+
+
+class Classifier(nn.Module):
+    """A small convolutional network that names digits, and the 64 features it does it by."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),  # (B, 1, 28, 28) -> (B, 16, 28, 28)
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # -> (B, 16, 14, 14)
+            nn.Conv2d(16, 32, 3, padding=1),  # -> (B, 32, 14, 14)
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # -> (B, 32, 7, 7)
+            nn.Flatten(),
+            nn.Linear(32 * 49, 64),  # -> (B, 64)
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
     @torch.no_grad()
-    def look(x):
-        h = torch.cat([features(part.to(DEVICE)) for part in x.split(1000)])
-        return h.cpu().double(), head(h).softmax(1).cpu()
+    def look_at(self, images):
+        """Features (N, 64) and probabilities (N, 10), on the CPU."""
+        features = torch.cat([self.features(part.to(DEVICE)) for part in images.split(1000)])
+        probabilities = self.head(features).softmax(1)
+        return features.cpu().double(), probabilities.cpu()
 
-    accuracy = float((look(data.test.images)[1].argmax(1) == data.test.labels).double().mean())
-    return look, accuracy
+
+def train_classifier(data, epochs=4):
+    utils.seed_everything(0)
+    classifier = Classifier().to(DEVICE)
+    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
+    images = data.train.images.to(DEVICE)
+    labels = data.train.labels.to(DEVICE)
+    for epoch in range(epochs):
+        order = torch.randperm(len(images)).to(DEVICE)
+        for step, rows in enumerate(order.split(128)):
+            done = (epoch + 128 * step / len(images)) / epochs
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - done)
+            loss = F.cross_entropy(classifier(images[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return classifier
 
 
-def frechet(a, b):
-    """Distance of two sets of features as Gaussians: |m - n|^2 + tr(A + B - 2 (A B)^1/2) (Heusel et al., 2017)."""
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    return (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * cross
+def quality(images, classifier, test_features, library):
+    """Share named with more than 0.9 confidence, Fréchet distance, distance to training images."""
+    features, probabilities = classifier.look_at(images)
+    confident = probabilities.amax(1) > 0.9
+    distances, _ = library.kneighbors(images[:500].flatten(1))
+    return {
+        "recognised": confident.double().mean(),
+        "frechet": frechet_distance(features, test_features),
+        "nearest": distances.mean(),
+    }
+
+
+def draw_from(mixture, model, n, seed):
+    """n images decoded from codes of a mixture, in random order: its codes come sorted."""
+    codes, _ = mixture.sample(n)
+    order = np.random.default_rng(seed).permutation(n)
+    return model.draw(codes[order]).cpu()
+
+
+def digits_on_demand(data, model, classifier, seed, n=1000, num_components=10):
+    """For each digit: a mixture fitted to the codes of its training images alone draws n of it.
+
+    The share of them that the classifier takes for the digit asked for.
+    """
+    shares = {}
+    for digit in range(10):
+        images = data.train.images[data.train.labels == digit]
+        mixture = utils.fit_mixture(model, images, num_components, seed)
+        _, probabilities = classifier.look_at(draw_from(mixture, model, n, seed))
+        named = probabilities.argmax(1)
+        shares[str(digit)] = (named == digit).double().mean()
+    shares["mean"] = statistics.mean(float(share) for share in shares.values())
+    return shares
 
 
 def measure_samples(data, names, seeds):
-    look, accuracy = classifier(data)
-    test, n = data.test.images, len(data.test.images)
+    classifier = train_classifier(data)
+    test = data.test.images
+    test_features, probabilities = classifier.look_at(test)
     library = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(data.train.images.flatten(1))
 
     def judge(images):
-        h, p = look(images)
-        return {"recognised": (p.amax(1) > 0.9).double().mean(), "frechet": frechet(h, look(test)[0]),
-                "nearest": library.kneighbors(images[:500].flatten(1))[0].mean()}
+        return quality(images, classifier, test_features, library)
 
-    keep("samples", "images", 0, rounded({"accuracy": accuracy, "test": judge(test), "validation": judge(data.val.images)}))
+    pixels = labels_by_neighbours(
+        data.train.images[:10_000].flatten(1),
+        data.train.labels[:10_000],
+        test.flatten(1),
+        data.test.labels,
+    )
+    right = probabilities.argmax(1) == data.test.labels
+    figures = {
+        "accuracy": right.double().mean(),
+        "labels by 5 nearest images": pixels,
+        "test": judge(test),
+        "validation": judge(data.val.images),
+    }
+    keep(figures, "samples", "images", 0)
     for name in names:
         for seed in seeds:
-            model = trained(data, name, seed)
-            found = {"reconstructions": judge(model.reconstruct(test).cpu())}
+            model = train(data, name, seed)
+            figures = {"reconstructions": judge(model.reconstruct(test).cpu())}
             if model.variational:
-                found["prior"] = judge(model.sample(n, torch.Generator().manual_seed(seed)).cpu())
-            for components in (10, NUM_COMPONENTS):
-                codes = utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], components, seed).sample(n)[0]
-                codes = codes[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]  # they come sorted
-                found[f"mixture of {components}"] = judge(model.draw(torch.tensor(codes, dtype=torch.float32)).cpu())
-            keep("samples", name, seed, rounded(found))
+                generator = torch.Generator().manual_seed(seed)
+                figures["prior"] = judge(model.sample(len(test), generator).cpu())
+            for count in (10, NUM_COMPONENTS):
+                mixture = mixture_of(model, data, seed, count)
+                figures[f"mixture of {count}"] = judge(draw_from(mixture, model, len(test), seed))
+            keep(figures, "samples", name, seed)
+            on_demand = digits_on_demand(data, model, classifier, seed)
+            keep(on_demand, "digits on demand", name, seed)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "scores", "test", "left-out", "samples", "card"])
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="all that the table is about, unless some are named")
+# --------------------------------------- Commands ---------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=[*DEFAULT_MODELS, "card"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="instead of the usual ones")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; the committed figures were made with one")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.what == "card":
+    parser.add_argument("--threads", type=int, default=1, help="the committed figures: one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.command == "card":
         import card
 
         card.write()
-        sys.exit()
-    compared = ["vae", "ae12", "ae32"]  # where all the others would cost more than they say
-    names = args.models or (list(MODELS) if args.what in ("train", "test") else compared)
-    mnist = utils.load_images("mnist", FOLDER.parent / "data")
-    if args.what == "samples":
-        measure_samples(mnist, names, args.seeds)
-        sys.exit()
-    do = {"train": trained, "scores": measure_scores, "test": measure_test, "left-out": measure_left_out}[args.what]
+        return
+    names = arguments.models or DEFAULT_MODELS[arguments.command]
+    if arguments.command == "compare":
+        compare(names, arguments.seeds)
+        return
+    data = utils.load_images("mnist", FOLDER.parent / "data")
+    if arguments.command == "samples":
+        measure_samples(data, names, arguments.seeds)
+        return
+    measure = {
+        "train": train,
+        "scores": measure_scores,
+        "test": measure_test,
+        "likelihood": measure_likelihood,
+        "left-out": measure_left_out,
+    }[arguments.command]
+    seeds = arguments.seeds
+    if arguments.command == "left-out":
+        seeds = seeds[:1]  # ten trainings each
     for name in names:
-        for seed in args.seeds[:1] if args.what == "left-out" else args.seeds:
-            do(mnist, name, seed)
+        for seed in seeds:
+            measure(data, name, seed)
+
+
+if __name__ == "__main__":
+    main()
