@@ -543,8 +543,7 @@ def fit(
     }
     # What cannot be saved is refused before any work, with room for a row of history per epoch.
     _pack(network, {"settings": [settings], "history": epochs * ["0" * 400]})
-    if checkpoint is not None:
-        checkpoint = _path_to_write(checkpoint, "checkpoint")
+    path = None if checkpoint is None else _path_to_write(checkpoint, "checkpoint")
 
     images = train_images.to(_device(network))
     start = copy.deepcopy(network.state_dict())
@@ -552,8 +551,8 @@ def fit(
     best = copy.deepcopy(network)
     optimizer = _adam(network)
     state = _training_state(network, average, optimizer)
-    with _lock(checkpoint) if checkpoint else contextlib.nullcontext():
-        history = _restore(checkpoint, resume, settings, best, state) if checkpoint else []
+    with _lock(path) if path else contextlib.nullcontext():
+        history = _restore(path, resume, settings, best, state) if path else []
         saved = len(history)
         on_disk = copy.deepcopy(best)
         try:
@@ -568,7 +567,7 @@ def fit(
                     about = _describe(history, metadata, settings)
                     if about["epoch"] == epoch:
                         best.load_state_dict(average.state_dict())
-                    if checkpoint and _save_run(checkpoint, best, about, state, saved):
+                    if path and _save_run(path, best, about, state, saved):
                         saved = epoch
                         on_disk.load_state_dict(best.state_dict())
         except BaseException as error:
@@ -578,7 +577,7 @@ def fit(
             if saved:
                 network.load_state_dict(on_disk.state_dict())
                 network.metadata = _describe(history[:saved], metadata, settings)
-                kept = f"{checkpoint} keeps the run up to epoch {saved}; run again to go on."
+                kept = f"{path} keeps the run up to epoch {saved}; run again to go on."
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"Stopped. {kept}") from None
             raise

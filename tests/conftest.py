@@ -1,7 +1,9 @@
-"""What several tests share: a few digits, a place for checkpoints, and whether real MNIST is at hand."""
+"""What several tests share: a few digits, a place for checkpoints, and whether MNIST is at hand."""
 
 import contextlib
 import multiprocessing
+import os
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -13,12 +15,13 @@ import utils
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
-context = multiprocessing.get_context("forkserver")  # starts processes in which torch is already imported
-context.set_forkserver_preload(["utils", "torch._dynamo"])  # which Adam would import in every child
+# It starts processes in which torch, and what Adam would import of it, is already there.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["utils", "torch._dynamo", "pytest"])
 
 
 def in_child(function, *args):
-    """Run a function in a process of its own and bring back what it returns; its exceptions fail the test."""
+    """What a function returns in a process of its own; its exceptions fail the test."""
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=report, args=(sender, function, args))
     child.start()
@@ -44,20 +47,21 @@ def digits():
 @pytest.fixture(scope="session")
 def mnist():
     """Real MNIST where it is linked under data/; never downloaded by a test."""
-    if not all((ROOT / "data/MNIST/raw" / name).exists() for name in utils.MNIST_FILES):
-        pytest.skip("MNIST is not under data/MNIST/raw")
+    for name in utils.MNIST_FILES:
+        if not (ROOT / "data/MNIST/raw" / name).exists():
+            pytest.skip("MNIST is not under data/MNIST/raw")
     return utils.load_images("mnist", ROOT / "data")
 
 
 @pytest.fixture
 def few(digits):
-    """96 training and 32 validation images: enough to train on, small enough for dozens of runs."""
-    return digits.train.images[:96], digits.val.images[:32]
+    """48 training and 16 validation images: enough to train on, small enough for many runs."""
+    return digits.train.images[:48], digits.val.images[:16]
 
 
 @pytest.fixture
 def best(tmp_path):
-    return tmp_path / "models" / "vae_digits_best.pt"
+    return tmp_path / "models" / "vae_digits_best.safetensors"
 
 
 @pytest.fixture
@@ -75,14 +79,37 @@ def no_network(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def open_folder():
+    """A folder that another user can reach, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="vae-mnist-test-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def without_write_permission(folder):
+    """A folder that cannot be written to, not even by a test that root runs."""
+    user = os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
 class Stop(Exception):
     pass
 
 
 @contextlib.contextmanager
 def during_epoch(monkeypatch, epoch, action):
-    """Do something, or raise an exception, in the middle of a run: when the validation of an epoch begins."""
-    calls, evaluate = [], utils.evaluate
+    """Do or raise something in the middle of a run: when the validation of an epoch begins."""
+    calls = []
+    evaluate = utils.evaluate
 
     def counted(*args, **options):
         calls.append(1)
@@ -95,3 +122,9 @@ def during_epoch(monkeypatch, epoch, action):
     with monkeypatch.context() as patch:
         patch.setattr(utils, "evaluate", counted)
         yield
+
+
+def same_weights(a, b):
+    """Whether two models hold the same tensors, bit for bit."""
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
