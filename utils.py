@@ -13,8 +13,8 @@ One convention holds everywhere: a loss is summed over the pixels or latent dime
 and averaged over images, in nats per image. `loss` is BCE + beta * KL on a sampled z; with
 beta = 1 it is the negative evidence lower bound, -ELBO. A picture shows the decoded mean.
 
-`vae_mnist_training.ipynb` uses the first half, from the data to the checkpoints, and `evaluate`.
-`vae_mnist_analysis_visualizations.ipynb` uses the data, `load_best` and the second half.
+`vae_mnist_training.ipynb` needs the first half, from the data to the checkpoints, `evaluate` and
+the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def load_images(
 
     source: "mnist" takes the files under `root`/MNIST/raw, or downloads them there. "digits" takes
     the 1,797 digits that come with scikit-learn, so that everything runs with no network. "auto"
-    is MNIST if it can be had within seconds, else the digits, with a warning.
+    is MNIST if it is there or can be downloaded, else the digits, with a warning.
     `val_size` of the training images (at most 180 of the digits) are held out, chosen by `seed`;
     the test images never change.
     Raises TypeError or ValueError for a bad argument, ValueError for a damaged file, and
@@ -337,7 +337,7 @@ class VAE(nn.Module):
         self.variational = variational
         self.encoder = Encoder(self.latent_dim)
         self.decoder = Decoder(self.latent_dim)
-        self.to("cpu")
+        self.to("cpu")  # lays out the convolutions
 
     def to(self, *args, **kwargs) -> "VAE":
         """Move or cast as nn.Module does, and lay the convolutions out for the device.
@@ -359,7 +359,7 @@ class VAE(nn.Module):
                 f"images are on {x.device}, the model is on {device}: move one of them"
             )
         mu, logvar = self.encoder(x)
-        return mu, logvar if self.variational else None
+        return mu, (logvar if self.variational else None)
 
     def decode(self, z: Tensor) -> Tensor:
         """Codes (B, D) -> logits (B, 1, 28, 28)."""
@@ -527,9 +527,8 @@ def fit(
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
     check_scalar(resume, "resume", bool)
-    metadata = dict(metadata or {})
     settings = {
-        **metadata,
+        **(metadata or {}),
         "epochs": _integer(epochs, "epochs", 1, MAX_EPOCHS),
         "batch_size": _integer(batch_size, "batch_size", 1),
         "learning_rate": _number(learning_rate, "learning_rate", 1e-12),
@@ -542,7 +541,7 @@ def fit(
         "initial_weights": _digest(network.state_dict()),
     }
     # What cannot be saved is refused before any work, with room for a row of history per epoch.
-    _pack(network, {"settings": [settings], "history": epochs * ["0" * 400]})
+    _pack(network, {**(metadata or {}), "settings": settings, "history": epochs * ["0" * 400]})
     path = None if checkpoint is None else _path_to_write(checkpoint, "checkpoint")
 
     images = train_images.to(_device(network))
@@ -608,14 +607,14 @@ def _train_epoch(model, average, optimizer, images, settings, epoch, bar):
             group["lr"] = learning_rate_at(progress, settings["learning_rate"])
         x = images[rows]
         logits, mu, logvar = model(x, noise)
-        loss = _loss(logits, x, mu, logvar, settings["beta"])
+        total, bce, kl = _loss(logits, x, mu, logvar, settings["beta"])
         optimizer.zero_grad()
-        loss.loss.backward()
+        total.backward()
         optimizer.step()
         if (step + 1) % interval == 0:
             first = epoch == 1 and step + 1 == interval
             _update_average(average, model, 1.0 if first else weight)
-        losses[step] = torch.stack(loss).detach()
+        losses[step] = torch.stack([total, bce, kl]).detach()
         bar.update()
     losses = losses.cpu().double()
     for step, values in enumerate(losses, start=1):
@@ -683,7 +682,7 @@ def _describe(history, metadata, settings):
     """What is known of a run's best epoch, the first with the lowest validation loss."""
     best = min(history, key=lambda row: row["val_loss"])
     figures = {key: best[key] for key in ("epoch", "val_loss", "val_bce", "val_kl")}
-    return {**metadata, **figures, "settings": settings, "history": history}
+    return {**(metadata or {}), **figures, "settings": settings, "history": history}
 
 
 def _progress_bar(settings, num_images, epochs_done):
@@ -837,7 +836,7 @@ def load_best(
 ) -> VAE:
     """One's own best model of these data where there is one, else the reference; says which.
 
-    Raises FileNotFoundError if there is neither.
+    Raises FileNotFoundError if there is neither, CheckpointError for an unfit file.
     """
     path = checkpoint_path(folder, data, autoencoder)
     whose = "your own"
@@ -932,10 +931,11 @@ def _unpack(content, source):
         header = json.loads(written["json"])
         if header["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        with torch.random.fork_rng(devices=[]):  # new weights draw from the caller's randomness
+        with torch.random.fork_rng(devices=[]):  # spare the caller's random state
             model = VAE(header["latent_dim"], header["variational"])
         model.metadata = dict(header["metadata"])
-        state = {name: tensors.pop(name) for name in list(tensors) if TRAINING_STATE in name}
+        further = [name for name in tensors if name.startswith(TRAINING_STATE)]
+        state = {name: tensors.pop(name) for name in further}
         _check_tensors(tensors, model.state_dict())
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
         reason = str(error)[:150] or type(error).__name__
@@ -975,8 +975,9 @@ def _write(path, content, keep_previous=False):
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            previous = _free_name(path)
-            os.rename(path, previous)
+            free = _free_name(path)
+            os.rename(path, free)
+            previous = free  # only now is there something to put back
         os.replace(part, path)
         if previous is not None:
             print(f"{path} held another run, which is now {previous.name}")
@@ -1038,7 +1039,9 @@ def posterior(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
             mu, logvar = model.encode(x.to(_device(model)))
             mus.append(mu)
             logvars.append(logvar)
-    return torch.cat(mus), torch.cat(logvars) if model.variational else None
+    if not model.variational:
+        return torch.cat(mus), None
+    return torch.cat(mus), torch.cat(logvars)
 
 
 @torch.no_grad()
@@ -1134,7 +1137,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     t = torch.linspace(0, 1, steps, device=start.device)[:, None]
     cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
     angle = torch.acos(cosine)
-    if torch.sin(angle) < 1e-4:
+    if torch.sin(angle) < 1e-3:  # float32 resolves an angle near 0 or pi no better
         return (1 - t) * start + t * end
     return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
 
@@ -1355,7 +1358,7 @@ def optimize_codes(
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
                 energy = _energy(model, z, x)
-                (z.grad,) = torch.autograd.grad(energy.sum(), z)
+                z.grad = torch.autograd.grad(energy.sum(), z)[0]  # none for the weights
                 optimizer.step()
             codes.append(z.detach())
     return torch.cat(codes)
@@ -1456,8 +1459,9 @@ def _pieces(stroke):
     """The strokes, (h, w) bool, without specks and frames."""
     pieces = label(stroke)
     for piece in regionprops(pieces):
-        is_frame = piece.area_filled > 0.9 * piece.area_bbox > 3 * piece.area
-        if is_frame or piece.area < 0.05 * stroke.sum():
+        is_box = piece.area_filled > 0.9 * piece.area_bbox
+        is_hollow = piece.area < 0.3 * piece.area_bbox
+        if (is_box and is_hollow) or piece.area < 0.05 * stroke.sum():
             stroke[pieces == piece.label] = False
     return stroke
 
@@ -1469,7 +1473,9 @@ def _level(ink):
 
 def _side(ink):
     """The longer side of the ink's bounding box in pixels, 0 without ink."""
-    return int(ink.any()) and max(np.ptp(where) + 1 for where in ink.nonzero())
+    if not ink.any():
+        return 0
+    return max(np.ptp(where) + 1 for where in ink.nonzero())
 
 
 def _width(stroke):
@@ -1548,7 +1554,7 @@ def digits_grid(
 
 
 def plot_history(history: list[dict]) -> Figure:
-    """Learning curves: -ELBO, BCE and KL per epoch, training and validation, from `fit`.
+    """Learning curves: loss, BCE and KL per epoch, training and validation, from `fit`.
 
     The axes show the validation curve whole. The first epoch of training, by a network that knows
     nothing yet, may start above.

@@ -51,6 +51,11 @@ def per_seed(m, section, name, *keys):
     return found
 
 
+def measured(m):
+    """The models of MAIN whose figures are there."""
+    return [name for name in MAIN if name in m["test"]]
+
+
 def spread(values, digits=1):
     """Mean and standard deviation over seeds; of one seed, the number alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -155,7 +160,7 @@ def test_set(m):
 
 def models(m):
     rows = []
-    for name in MAIN:
+    for name in measured(m):
         rows.append(
             [
                 NAMES[name],
@@ -186,7 +191,7 @@ def all_levels(m):
 
 
 def one_pass(m):
-    return errors(m, [*MAIN, "nothing"], "error", all_levels(m))
+    return errors(m, [*measured(m), "nothing"], "error", all_levels(m))
 
 
 def rate_and_distortion(m):
@@ -201,7 +206,7 @@ def rate_and_distortion(m):
 
 def optimised(m):
     """On the same 500 images: one pass above, optimised codes below."""
-    names = [*MAIN, "nothing"]
+    names = [*measured(m), "nothing"]
     levels = list(m["test"]["vae"]["0"]["optimised"])
     before = errors(m, names, "error of the same 500", levels)
     after = errors(m, names, "optimised", levels)
@@ -253,7 +258,7 @@ def anomaly_kinds(m):
 
 def compared(m):
     """The comparisons with each model, in the order of the tables."""
-    return {name: m["compare"][name] for name in [*MAIN[1:], "nothing"]}
+    return {name: m["compare"][name] for name in [*measured(m)[1:], "nothing"]}
 
 
 def differences(m, quantity, digits):
@@ -346,7 +351,7 @@ def samples(m):
     for key in ("test", "validation"):
         quality = {measure: [value] for measure, value in images[key].items()}
         rows.append(["", f"{key} images", *sample_cells(quality)])
-    for name in MAIN:
+    for name in measured(m):
         if name not in m["samples"]:
             continue
         for source in m["samples"][name]["0"]:
@@ -369,7 +374,7 @@ def sample_cells(quality):
 def on_demand(m):
     """The share of the digits drawn to order that are taken for what was asked for."""
     rows = []
-    for name in MAIN:
+    for name in measured(m):
         if name not in m["digits on demand"]:
             continue
         keys = m["digits on demand"][name]["0"]
@@ -383,7 +388,7 @@ def labels(m):
     """The share of test images whose label is that of their neighbours."""
     pixels = m["samples"]["images"]["0"]["labels by 5 nearest images"]
     rows = [["pixels themselves", percent([pixels])]]
-    for name in MAIN:
+    for name in measured(m):
         share = percent(per_seed(m, "test", name, "labels by 5 nearest codes"))
         rows.append([f"codes of {NAMES[name]}", share])
     return pd.DataFrame(rows, columns=["neighbours by", "right label, % ↑"])
@@ -412,12 +417,12 @@ def benchmark(m):
 
 def results(m):
     """The one table of the README."""
-    names = [*MAIN, "nothing"]
+    names = [*measured(m), "nothing"]
     levels = list(m["test"]["vae"]["0"]["optimised"])
     table = errors(m, names, "error", levels)
     table = table.rename(columns={"squared error ↓": ""})
     table[""] = "squared error ↓, " + table[""]
-    areas = anomalies(m, "reconstruction", MAIN).rename(columns={"AUROC ↑": ""})
+    areas = anomalies(m, "reconstruction", measured(m)).rename(columns={"AUROC ↑": ""})
     areas = areas[areas[""].isin(["mirrored", "occluded", "thinner", "letters"])]
     areas = areas.assign(**{"": "AUROC ↑, " + areas[""], NAMES["nothing"]: ""})
     return pd.concat([table, areas])
@@ -434,8 +439,8 @@ TABLES = {
     "differences": lambda m: differences(m, "error", 1),
     "differences, optimised": lambda m: differences(m, "optimised", 1),
     "rate and distortion": rate_and_distortion,
-    "anomalies, reconstruction": lambda m: anomalies(m, "reconstruction", MAIN),
-    "anomalies, density": lambda m: anomalies(m, "density", MAIN),
+    "anomalies, reconstruction": lambda m: anomalies(m, "reconstruction", measured(m)),
+    "anomalies, density": lambda m: anomalies(m, "density", measured(m)),
     "anomaly kinds": anomaly_kinds,
     "anomaly differences, reconstruction": lambda m: differences(m, "auroc reconstruction", 3),
     "anomaly differences, density": lambda m: differences(m, "auroc density", 3),
@@ -494,7 +499,7 @@ NUMBER = re.compile(r"\d+ of \d+|-?\d+\.\d+(?: ± \d+\.\d+)?(?: %)?|\d+ %")
 def numbers(m):
     """What prose may quote, by key: numbers as they stand in the tables, counts as "4 of 6"."""
     found = {}
-    for name in MAIN:
+    for name in measured(m):
         found |= test_numbers(m, name)
     found |= error_numbers(m, "nothing")
     for name, comparisons in compared(m).items():
@@ -503,7 +508,7 @@ def numbers(m):
         found[f"{name} without all"] = f"{statistics.mean(areas.values()):.2f}"
         for digit, area in areas.items():
             found[f"{name} without {digit}"] = f"{area:.2f}"
-    for name in MAIN:
+    for name in measured(m):
         if name in m["samples"]:
             found |= sample_numbers(m, name)
     for kind in ("grey", "binarised"):
@@ -545,9 +550,11 @@ def counts(name, comparisons):
             standings = standings_of_kinds(figures)
         else:
             standings = {kind: figures[kind]["standing"] for kind in figures}
+        levels = [figures[level]["standing"] for level in figures if level != "clean"]
         for key, which in (("ahead of", "ahead"), ("behind", "behind")):
             count = list(standings.values()).count(which)
             found[f"{key} {name}, {quantity}"] = f"{count} of {len(standings)}"
+            found[f"{key} {name}, {quantity} levels"] = f"{levels.count(which)} of {len(levels)}"
     return found
 
 
@@ -559,7 +566,8 @@ def sample_numbers(m, name):
         found[f"{name} recognised {source}"] = as_percent(recognised)
         distances = per_seed(m, "samples", name, source, "frechet")
         found[f"{name} frechet {source}"] = f"{statistics.mean(distances):.1f}"
-    found[f"{name} on demand"] = as_percent(per_seed(m, "digits on demand", name, "mean"))
+    if name in m["digits on demand"]:
+        found[f"{name} on demand"] = as_percent(per_seed(m, "digits on demand", name, "mean"))
     return found
 
 

@@ -603,18 +603,37 @@ def measure_left_out(data, name, seed):
 
 
 def compare(names, seeds):
-    """The VAE less each other model and less doing nothing, image by image, seed by seed."""
-    vae = [load_arrays(arrays_path("vae", seed)) for seed in seeds]
-    others = {"nothing": [as_if_a_model(arrays) for arrays in vae]}
+    """The VAE less each other model and less doing nothing, image by image, seed by seed.
+
+    A model is compared on the seeds for which it and the VAE were measured.
+    """
+    vae = measured_arrays("vae", seeds)
+    compare_with(vae, {seed: as_if_a_model(arrays) for seed, arrays in vae.items()}, "nothing")
     for name in names:
-        if name != "vae":
-            others[name] = [load_arrays(arrays_path(name, seed)) for seed in seeds]
-    for name, other in others.items():
-        for quantity in ("error", "optimised"):
-            keep(compare_errors(vae, other, quantity), "compare", name, quantity)
-        if name != "nothing":
-            for score in ("reconstruction", "density"):
-                keep(compare_scores(vae, other, score), "compare", name, f"auroc {score}")
+        other = measured_arrays(name, seeds)
+        if name != "vae" and other:
+            compare_with(vae, other, name)
+
+
+def measured_arrays(name, seeds):
+    """{seed: arrays} of the seeds that `test` has measured."""
+    found = {}
+    for seed in seeds:
+        path = arrays_path(name, seed)
+        if path.exists():
+            found[seed] = load_arrays(path)
+    return found
+
+
+def compare_with(vae, other, name):
+    common = [seed for seed in vae if seed in other]
+    vae = [vae[seed] for seed in common]
+    other = [other[seed] for seed in common]
+    for quantity in ("error", "optimised"):
+        keep(compare_errors(vae, other, quantity), "compare", name, quantity)
+    if name != "nothing":
+        for score in ("reconstruction", "density"):
+            keep(compare_scores(vae, other, score), "compare", name, f"auroc {score}")
 
 
 def compare_errors(vae, other, quantity):

@@ -103,6 +103,21 @@ def test_the_tables_of_the_pages_are_those_of_the_measurements(page):
     assert page.read_text() == card.filled(page), "run: python tests/measure.py card"
 
 
+@pytest.mark.parametrize("page", card.PAGES, ids=lambda page: page.parent.name)
+def test_the_numbers_in_the_prose_are_those_of_the_measurements(page):
+    assert card.misquoted(page.read_text(), card.read_reference()) == []
+
+
+def test_the_notebook_gives_the_same_verdict_as_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    cells = nbformat.read(ROOT / ANALYSIS, 4).cells
+    notebook = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    paragraphs = [place[2].strip() for place in card.QUOTING.finditer(readme)]
+    assert len(paragraphs) == 5
+    for paragraph in paragraphs:
+        assert paragraph in notebook
+
+
 def test_every_picture_of_the_readme_is_committed_and_no_other():
     text = (ROOT / "README.md").read_text() + (ROOT / "models_mnist/README.md").read_text()
     shown = set(re.findall(r"images/(\w+\.\w+)", text))
