@@ -418,12 +418,12 @@ def benchmark(m):
 def results(m):
     """The one table of the README."""
     names = [*measured(m), "nothing"]
-    levels = list(m["test"]["vae"]["0"]["optimised"])
+    levels = ["clean", "noise 0.3", "occlusion 12", "blur 1.5", "rotation 20"]
     table = errors(m, names, "error", levels)
     table = table.rename(columns={"squared error ↓": ""})
     table[""] = "squared error ↓, " + table[""]
     areas = anomalies(m, "reconstruction", measured(m)).rename(columns={"AUROC ↑": ""})
-    areas = areas[areas[""].isin(["mirrored", "occluded", "thinner", "letters"])]
+    areas = areas[areas[""].isin(["mirrored", "letters"])]
     areas = areas.assign(**{"": "AUROC ↑, " + areas[""], NAMES["nothing"]: ""})
     return pd.concat([table, areas])
 
