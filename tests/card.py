@@ -197,6 +197,8 @@ def one_pass(m):
 def rate_and_distortion(m):
     rows = []
     for name in ["vae", *OTHERS]:
+        if name not in m["test"]:
+            continue
         cells = [spread(per_seed(m, "test", name, key)) for key in ("bce", "kl")]
         active = spread(per_seed(m, "test", name, "active units"), 0)
         rows.append([NAMES[name], ", ".join(m["test"][name]), *cells, active])

@@ -291,6 +291,7 @@ def frechet_distance(a, b):
 TUNED = list(utils.ANOMALIES)[:7]  # kinds on which the score is chosen; all others are reported
 COMPONENTS = (1, 5, 10, 20, 50, 100)
 NUM_COMPONENTS = 50  # of the mixture
+TUNING_IMAGES = 1000  # validation images on which scores are chosen, and as many anomalous
 MIXTURE_IMAGES = 20_000  # training images it is fitted to: fewer than all, for speed
 
 
@@ -332,8 +333,8 @@ def measure_scores(data, name, seed):
         log_density[str(count)] = fitted.score(codes)  # nats per validation image
         if count == NUM_COMPONENTS:
             mixture = fitted
-    normal = candidate_scores(model, mixture, data.val.images[:1000])
-    others = data.val.images[1000:2000]
+    normal = candidate_scores(model, mixture, data.val.images[:TUNING_IMAGES])
+    others = data.val.images[TUNING_IMAGES : 2 * TUNING_IMAGES]
     areas = {score: {} for score in normal}
     for kind in TUNED:
         anomalous = candidate_scores(model, mixture, utils.ANOMALIES[kind](others, seed))

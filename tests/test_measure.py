@@ -343,6 +343,7 @@ def test_from_measuring_to_the_card(small, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "train", untrained)
     monkeypatch.setattr(measure, "MIXTURE_IMAGES", 60)
     monkeypatch.setattr(measure, "COMPONENTS", (1, 2))
+    monkeypatch.setattr(measure, "TUNING_IMAGES", 10)
     monkeypatch.setattr(utils, "optimize_codes", lambda model, x: utils.posterior(model, x)[0])
     log_likelihood = utils.log_likelihood
     few_samples = lambda model, x, n, seed=0: log_likelihood(model, x, 2, seed)  # noqa: E731
