@@ -20,6 +20,7 @@ the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the trainin
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage.measure import label, regionprops
@@ -52,6 +52,7 @@ from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import InterpolationMode, rotate
@@ -135,21 +136,20 @@ def load_images(
     root = _as_path(root, "root")
     _integer(val_size, "val_size", 1, 59_999)
     _integer(seed, "seed", 0, MAX_SEED)
-    if source == "digits":
-        return _digits(val_size, seed)
-    try:
-        return _mnist(root, val_size, seed)
-    except FileNotFoundError as error:
-        if source == "mnist":
-            raise
-        rule = "!" * 80
-        warnings.warn(
-            f"\n{rule}\nNOT MNIST: {error}\n"
-            "Going on with scikit-learn's 1,797 small digits. They show that everything runs;\n"
-            f"their results cannot be compared with MNIST's.\n{rule}",
-            stacklevel=2,
-        )
-        return _digits(val_size, seed)
+    if source != "digits":
+        try:
+            return _mnist(root, val_size, seed)
+        except FileNotFoundError as error:
+            if source == "mnist":
+                raise
+            rule = "!" * 80
+            warnings.warn(
+                f"\n{rule}\nNOT MNIST: {error}\n"
+                "Going on with scikit-learn's 1,797 small digits. They show that everything runs;\n"
+                f"their results cannot be compared with MNIST's.\n{rule}",
+                stacklevel=2,
+            )
+    return _digits(val_size, seed)
 
 
 def leave_out(data: Data, digit: int | None) -> Data:
@@ -158,18 +158,17 @@ def leave_out(data: Data, digit: int | None) -> Data:
         return data
     _integer(digit, "the digit to leave out", 0, 9)
     splits = []
-    for images, labels in (data.train, data.val, data.test):
+    for images, labels in data[1:]:
         keep = labels != digit
         splits.append(Split(images[keep], labels[keep]))
     return Data(data.name, *splits)
 
 
-def _split(name, images, labels, test, val_size, seed):
-    """Hold out `val_size` validation images, chosen by `seed`."""
+def _split(images, labels, size, seed):
+    """Two splits: `size` images chosen by `seed`, and all others."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    val = order[:val_size]
-    train = order[val_size:]
-    return Data(name, Split(images[train], labels[train]), Split(images[val], labels[val]), test)
+    chosen, others = order.tensor_split([size])
+    return Split(images[chosen], labels[chosen]), Split(images[others], labels[others])
 
 
 def _mnist(root, val_size, seed):
@@ -184,8 +183,8 @@ def _mnist(root, val_size, seed):
             )
     train = MNIST(root, train=True)
     test = MNIST(root, train=False)
-    test = Split(test.data[:, None] / 255, test.targets)
-    return _split("mnist", train.data[:, None] / 255, train.targets, test, val_size, seed)
+    val, train = _split(train.data[:, None] / 255, train.targets, val_size, seed)
+    return Data("mnist", train, val, Split(test.data[:, None] / 255, test.targets))
 
 
 def _download_mnist(root, raw):
@@ -217,11 +216,10 @@ def _digits(val_size, seed):
     digits = load_digits()
     pictures = torch.tensor(digits.images, dtype=torch.float32) / 16
     images = torch.stack([_like_mnist(ink, contrast=2) for ink in pictures])
-    labels = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, rest = order.tensor_split([360])
-    test = Split(images[test], labels[test])
-    return _split("digits", images[rest], labels[rest], test, min(val_size, 180), seed)
+    labels = torch.tensor(digits.target).long()
+    test, others = _split(images, labels, 360, seed=0)
+    val, train = _split(*others, min(val_size, 180), seed)
+    return Data("digits", train, val, test)
 
 
 def _like_mnist(ink, contrast):
@@ -335,6 +333,7 @@ class VAE(nn.Module):
         check_scalar(variational, "variational", bool)
         self.latent_dim = _integer(latent_dim, "latent_dim", 1, MAX_LATENT_DIM)
         self.variational = variational
+        self.metadata = {}  # what is known of the model: see `fit` and `load_checkpoint`
         self.encoder = Encoder(self.latent_dim)
         self.decoder = Decoder(self.latent_dim)
         self.to("cpu")  # lays out the convolutions
@@ -384,7 +383,7 @@ class VAE(nn.Module):
         A plain autoencoder was never taught that prior: its samples are seldom digits.
         """
         _integer(n, "n", 1)
-        z = _standard_normal((n, self.latent_dim), generator, torch.device("cpu"))
+        z = _standard_normal((n, self.latent_dim), generator, "cpu")
         return self.draw(z)
 
     @torch.no_grad()
@@ -436,11 +435,8 @@ def vae_loss(
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
-    if logits.shape != x.shape or logits.device != x.device:
-        raise ValueError(
-            f"logits, {tuple(logits.shape)} on {logits.device}, and x, {tuple(x.shape)} on "
-            f"{x.device}, must have the same shape and device"
-        )
+    if logits.shape != x.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and x {tuple(x.shape)} differ in shape")
     if logvar is not None and logvar.shape != mu.shape:
         raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     return _loss(logits, x, mu, logvar, beta)
@@ -527,8 +523,9 @@ def fit(
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
     check_scalar(resume, "resume", bool)
+    metadata = metadata or {}
     settings = {
-        **(metadata or {}),
+        **metadata,
         "epochs": _integer(epochs, "epochs", 1, MAX_EPOCHS),
         "batch_size": _integer(batch_size, "batch_size", 1),
         "learning_rate": _number(learning_rate, "learning_rate", 1e-12),
@@ -541,65 +538,62 @@ def fit(
         "initial_weights": _digest(network.state_dict()),
     }
     # What cannot be saved is refused before any work, with room for a row of history per epoch.
-    _pack(network, {**(metadata or {}), "settings": settings, "history": epochs * ["0" * 400]})
+    _pack(network, {**metadata, "settings": settings, "history": epochs * ["0" * 400]})
     path = None if checkpoint is None else _path_to_write(checkpoint, "checkpoint")
 
     images = train_images.to(_device(network))
-    start = copy.deepcopy(network.state_dict())
-    average = copy.deepcopy(network)
-    best = copy.deepcopy(network)
+    steps = math.ceil(len(images) / batch_size)  # of an epoch
     optimizer = _adam(network)
-    state = _training_state(network, average, optimizer)
+    average = _running_average(network, steps)
+    state = _training_state(network, optimizer, average)
+    best = copy.deepcopy(network)
+    kept = copy.deepcopy(network)  # what the model will hold if training stops early
     with _lock(path) if path else contextlib.nullcontext():
         history = _restore(path, resume, settings, best, state) if path else []
         saved = len(history)
-        on_disk = copy.deepcopy(best)
+        if saved:
+            _copy_model(best, kept)
         try:
-            with _progress_bar(settings, len(images), saved) as bar:
+            with _progress_bar(epochs * steps, saved * steps) as bar:
                 for epoch in range(saved + 1, epochs + 1):
                     started = time.perf_counter()
-                    train = _train_epoch(model, average, optimizer, images, settings, epoch, bar)
-                    val = evaluate(average, val_images, num_samples=1, beta=beta)
+                    train = _train_epoch(model, optimizer, average, images, settings, epoch, bar)
+                    val = evaluate(average.module, val_images, num_samples=1, beta=beta)
                     _check_finite(val.loss, f"in the validation after epoch {epoch}")
                     history.append(_history_row(epoch, train, val, settings, started))
                     bar.write(_format_row(history[-1], epochs))
-                    about = _describe(history, metadata, settings)
-                    if about["epoch"] == epoch:
-                        best.load_state_dict(average.state_dict())
-                    if path and _save_run(path, best, about, state, saved):
+                    best.metadata = _describe(history, metadata, settings)
+                    if best.metadata["epoch"] == epoch:
+                        best.load_state_dict(average.module.state_dict())
+                    if path and _save_run(path, best, state, keep_previous=saved == 0):
                         saved = epoch
-                        on_disk.load_state_dict(best.state_dict())
+                        _copy_model(best, kept)
         except BaseException as error:
-            network.load_state_dict(start)
+            _copy_model(kept, network)
             network.zero_grad()
-            kept = "Nothing of this run is kept: none of its epochs was saved."
-            if saved:
-                network.load_state_dict(on_disk.state_dict())
-                network.metadata = _describe(history[:saved], metadata, settings)
-                kept = f"{path} keeps the run up to epoch {saved}; run again to go on."
+            says = f"{path} keeps the run up to epoch {saved}; run again to go on."
+            if not saved:
+                says = "Nothing of this run is kept: none of its epochs was saved."
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"Stopped. {kept}") from None
+                raise KeyboardInterrupt(f"Stopped. {says}") from None
             raise
-    network.load_state_dict(best.state_dict())
-    network.metadata = _describe(history, metadata, settings)
+    _copy_model(best, network)
     network.eval()
     return history
 
 
-def _train_epoch(model, average, optimizer, images, settings, epoch, bar):
-    """One pass over the images; its randomness follows from (seed, epoch), so that it repeats.
+def _copy_model(source, target):
+    target.load_state_dict(source.state_dict())
+    target.metadata = source.metadata
 
-    `average` follows the weights as an exponential moving average over about a tenth of an epoch
-    (Polyak & Juditsky, 1992). It filters out the noise of single steps: early in a run it is nats
-    better than the weights themselves, and at the end, where the rate is zero, the same.
-    """
+
+def _train_epoch(model, optimizer, average, images, settings, epoch, bar):
+    """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
     seed = settings["seed"] * 100_003 + epoch
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order.to(images.device).split(settings["batch_size"])
-    interval = max(1, len(batches) // 100)  # steps between updates of the average
-    weight = min(1.0, 10 * interval / len(batches))
-    losses = torch.empty(len(batches), 3, device=images.device)  # read once, after the last step
+    losses = []  # read once, after the last step
     model.train()
     for step, rows in enumerate(batches):
         progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
@@ -607,16 +601,15 @@ def _train_epoch(model, average, optimizer, images, settings, epoch, bar):
             group["lr"] = learning_rate_at(progress, settings["learning_rate"])
         x = images[rows]
         logits, mu, logvar = model(x, noise)
-        total, bce, kl = _loss(logits, x, mu, logvar, settings["beta"])
+        loss = _loss(logits, x, mu, logvar, settings["beta"])
         optimizer.zero_grad()
-        total.backward()
+        loss.loss.backward()
         optimizer.step()
-        if (step + 1) % interval == 0:
-            first = epoch == 1 and step + 1 == interval
-            _update_average(average, model, 1.0 if first else weight)
-        losses[step] = torch.stack([total, bce, kl]).detach()
+        if (step + 1) % _averaging_interval(len(batches)) == 0:
+            average.update_parameters(model)
+        losses.append(torch.stack(loss).detach())
         bar.update()
-    losses = losses.cpu().double()
+    losses = torch.stack(losses).cpu().double()
     for step, values in enumerate(losses, start=1):
         _check_finite(values.sum(), f"at epoch {epoch}, step {step}")
     sizes = torch.tensor([len(rows) for rows in batches]).double()
@@ -624,12 +617,18 @@ def _train_epoch(model, average, optimizer, images, settings, epoch, bar):
     return Loss(*means.tolist())
 
 
-@torch.no_grad()
-def _update_average(average, model, weight):
-    tensors = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-    for averaged, current in tensors:
-        if averaged.is_floating_point():
-            averaged.lerp_(current, weight)
+def _running_average(model, steps):
+    """An exponential moving average of the weights over about a tenth of an epoch of `steps`.
+
+    It filters out the noise of single steps (Polyak & Juditsky, 1992): early in a run it is nats
+    better than the weights themselves, and at the end, where the rate is zero, the same.
+    """
+    weight = min(1.0, 10 * _averaging_interval(steps) / steps)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True)
+
+
+def _averaging_interval(steps):
+    return max(1, steps // 100)
 
 
 def _check_finite(loss, where):
@@ -641,31 +640,34 @@ def _check_finite(loss, where):
 
 def _adam(model):
     """Adam with decoupled weight decay (AdamW: Loshchilov & Hutter, 2019) of the dense weights."""
-    dense = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
-    others = [p for p in model.parameters() if all(p is not weight for weight in dense)]
+    dense = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]  # convolutions, biases, normalisation
     groups = [
         {"params": others, "weight_decay": 0.0},
         {"params": dense, "weight_decay": WEIGHT_DECAY},
     ]
-    device = _device(model)
-    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
-    for p in model.parameters():  # as at Adam's first step; needed earlier, to be restored
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=device if device.type == "cuda" else "cpu"),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=_device(model).type in ("cpu", "cuda"))
+    # A step that moves nothing makes Adam's moments and counters, so that they can be restored.
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    for moments in optimizer.state.values():
+        moments["step"].zero_()
     return optimizer
 
 
 def _history_row(epoch, train, val, settings, started):
+    progress = (epoch - 1) / settings["epochs"]
     return {
         "epoch": epoch,
-        **{f"train_{name}": value for name, value in train._asdict().items()},
-        **{f"val_{name}": value for name, value in val._asdict().items()},
-        "learning_rate": learning_rate_at(
-            (epoch - 1) / settings["epochs"], settings["learning_rate"]
-        ),
+        "train_loss": train.loss,
+        "train_bce": train.bce,
+        "train_kl": train.kl,
+        "val_loss": val.loss,
+        "val_bce": val.bce,
+        "val_kl": val.kl,
+        "learning_rate": learning_rate_at(progress, settings["learning_rate"]),
         "seconds": time.perf_counter() - started,
     }
 
@@ -682,15 +684,14 @@ def _describe(history, metadata, settings):
     """What is known of a run's best epoch, the first with the lowest validation loss."""
     best = min(history, key=lambda row: row["val_loss"])
     figures = {key: best[key] for key in ("epoch", "val_loss", "val_bce", "val_kl")}
-    return {**(metadata or {}), **figures, "settings": settings, "history": history}
+    return {**metadata, **figures, "settings": settings, "history": history.copy()}
 
 
-def _progress_bar(settings, num_images, epochs_done):
+def _progress_bar(steps, steps_done):
     """tqdm's bar in a terminal; in a notebook the same bar as one output that is redrawn.
 
     A notebook gets no widget, which would be dead when it is opened again.
     """
-    steps = math.ceil(num_images / settings["batch_size"])
     in_terminal = sys.stderr.isatty()
     file = None
     if "ipykernel" in sys.modules and not in_terminal:
@@ -702,8 +703,8 @@ def _progress_bar(settings, num_images, epochs_done):
             flush=lambda: None,
         )
     return tqdm(
-        total=settings["epochs"] * steps,
-        initial=epochs_done * steps,
+        total=steps,
+        initial=steps_done,
         unit="batch",
         leave=False,
         mininterval=0.5,
@@ -714,15 +715,13 @@ def _progress_bar(settings, num_images, epochs_done):
     )
 
 
-def _training_state(model, average, optimizer):
+def _training_state(model, optimizer, average):
     """The live tensors that it takes to go on, by name: to be saved, and to be restored into."""
-    groups = {"weights": model.state_dict(), "average": average.state_dict()}
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        groups[key] = {name: optimizer.state[p][key] for name, p in model.named_parameters()}
-    state = {}
-    for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            state[f"{TRAINING_STATE}{group}/{name}"] = tensor
+    modules = nn.ModuleDict({"weights": model, "average": average})
+    state = modules.state_dict(prefix=TRAINING_STATE)
+    for name, p in model.named_parameters():
+        for key, tensor in optimizer.state[p].items():
+            state[f"{TRAINING_STATE}{key}.{name}"] = tensor
     return state
 
 
@@ -734,14 +733,16 @@ def _restore(path, resume, settings, best, state):
     if not os.path.lexists(path):
         return []
     found, found_state = _unpack(_read(path), path)
-    found_settings = found.metadata.get("settings", {})
-    sought = settings
+    known = found.metadata
+    sought = dict(settings)
     if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
         # The model holds the best epoch that an interrupt left: it may go on with the run, too.
-        sought = {**settings, "initial_weights": found_settings["initial_weights"]}
-    history = found.metadata.get("history", [])
+        sought["initial_weights"] = known["settings"]["initial_weights"]
+    if not resume or known.get("settings") != sought:
+        return []
+    history = known["history"]
     finished = len(history) == settings["epochs"]
-    if not resume or found_settings != sought or not (finished or found_state):
+    if not finished and not found_state:  # a copy of the model without what it takes to go on
         return []
     settings.update(sought)
     for row in history:
@@ -756,21 +757,23 @@ def _restore(path, resume, settings, best, state):
         for name, tensor in state.items():
             tensor.detach().copy_(found_state[name])
         print(f"going on after epoch {len(history)} from {path}")
-    best.load_state_dict(found.state_dict())
-    return history
+    _copy_model(found, best)
+    return history.copy()
 
 
-def _save_run(path, best, about, state, saved):
+def _save_run(path, best, state, keep_previous):
     """Save a run after an epoch; a disk that fails costs a warning, not the training."""
-    finished = len(about["history"]) == about["settings"]["epochs"]
+    finished = len(best.metadata["history"]) == best.metadata["settings"]["epochs"]
     try:
-        _write(path, _pack(best, about, None if finished else state), keep_previous=saved == 0)
+        content = _pack(best, best.metadata, None if finished else state)
+        _write(path, content, keep_previous)
         return True
     except CheckpointError as error:
-        advice = "training goes on, and the next epoch is saved again"
-        if finished:
-            advice = "utils.save_checkpoint(PATH, model) saves the trained model elsewhere"
-        warnings.warn(f"{error}: {advice}", stacklevel=3)
+        warnings.warn(
+            f"{error}. Training goes on; if the last epoch cannot be saved either, "
+            "utils.save_checkpoint(PATH, model) saves the trained model elsewhere.",
+            stacklevel=3,
+        )
         return False
 
 
@@ -781,7 +784,7 @@ def _save_run(path, best, about, state, saved):
 FORMAT = 3  # raise it when an older file can no longer be read
 MAX_FILE_BYTES = 2**26  # an unfinished run of the largest model has 45 MB
 MAX_HEADER_BYTES = 2**21  # an unfinished run of 4,000 epochs has 1.6 MB
-TRAINING_STATE = "training/"  # what the names of an unfinished run's further tensors begin with
+TRAINING_STATE = "training."  # what the names of an unfinished run's further tensors begin with
 
 
 class CheckpointError(RuntimeError):
@@ -801,7 +804,7 @@ def save_checkpoint(
     """
     path = _path_to_write(path, "path", allow_reference)
     network = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
-    content = _pack(network, {**getattr(network, "metadata", {}), **metadata})
+    content = _pack(network, {**network.metadata, **metadata})
     with _lock(path):
         _write(path, content)
 
@@ -838,18 +841,18 @@ def load_best(
 
     Raises FileNotFoundError if there is neither, CheckpointError for an unfit file.
     """
-    path = checkpoint_path(folder, data, autoencoder)
-    whose = "your own"
+    own = checkpoint_path(folder, data, autoencoder)
     reference = checkpoint_path(folder, data, autoencoder, which="reference")
-    if reference.exists() and not os.path.lexists(path):
-        path = reference
-        whose = "the reference"
+    take_own = os.path.lexists(own) or not reference.exists()
+    path = own if take_own else reference
     model = load_checkpoint(path, device)
     known = model.metadata
     if known.get("data") != data:
         raise CheckpointError(f"{path} is not a model of {data}, which is loaded: move it away")
-    loss = known.get("val_loss", math.nan)
-    print(f"{path}: {whose}, epoch {known.get('epoch')}, validation loss {loss:.2f} nats")
+    print(
+        f"{path}: {'your own' if take_own else 'the reference'}, epoch {known.get('epoch')}, "
+        f"validation loss {known.get('val_loss', math.nan):.2f} nats"
+    )
     return model
 
 
@@ -967,35 +970,33 @@ def _write(path, content, keep_previous=False):
     `keep_previous` renames what stands at `path`, with a counter.
     """
     part = path.with_name(f".{path.name}.part")
-    previous = None
+    previous = _free_name(path) if keep_previous and path.exists() else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            free = _free_name(path)
-            os.rename(path, free)
-            previous = free  # only now is there something to put back
+        if previous:
+            os.rename(path, previous)
         os.replace(part, path)
-        if previous is not None:
-            print(f"{path} held another run, which is now {previous.name}")
     except BaseException as error:
-        if previous is not None:
+        if previous and previous.exists():
             os.replace(previous, path)
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise CheckpointError(f"{path} could not be written ({error.strerror})") from None
         raise
+    if previous:
+        print(f"{path} held another run, which is now {previous.name}")
 
 
 def _free_name(path):
     """vae_mnist_best.safetensors -> vae_mnist_best.1.safetensors, or the next number."""
-    number = 1
-    while os.path.lexists(path.with_name(f"{path.stem}.{number}{path.suffix}")):
-        number += 1
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+    for number in itertools.count(1):
+        free = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        if not os.path.lexists(free):
+            return free
 
 
 @contextlib.contextmanager
@@ -1032,16 +1033,10 @@ def posterior(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
     logvar is None for a plain autoencoder.
     """
     _check_images(images)
-    mus = []
-    logvars = []
     with _evaluating(model):
-        for x in images.split(BATCH):
-            mu, logvar = model.encode(x.to(_device(model)))
-            mus.append(mu)
-            logvars.append(logvar)
-    if not model.variational:
-        return torch.cat(mus), None
-    return torch.cat(mus), torch.cat(logvars)
+        parts = [model.encode(x.to(_device(model))) for x in images.split(BATCH)]
+    mus, logvars = zip(*parts, strict=True)
+    return torch.cat(mus), (torch.cat(logvars) if model.variational else None)
 
 
 @torch.no_grad()
@@ -1134,12 +1129,12 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     _integer(steps, "steps", 2)
     if start.ndim != 1 or start.shape != end.shape:
         raise ValueError(f"start and end must be (D,), not {start.shape} and {end.shape}")
-    t = torch.linspace(0, 1, steps, device=start.device)[:, None]
-    cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
-    angle = torch.acos(cosine)
-    if torch.sin(angle) < 1e-3:  # float32 resolves an angle near 0 or pi no better
-        return (1 - t) * start + t * end
-    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+    t = torch.linspace(0, 1, steps, device=start.device)
+    weights = torch.stack([1 - t, t], dim=1)  # (steps, 2)
+    angle = F.cosine_similarity(start, end, dim=0).clamp(-1, 1).acos()
+    if angle.sin() > 1e-3:  # float32 resolves an angle near 0 or pi no better
+        weights = (weights * angle).sin() / angle.sin()
+    return weights @ torch.stack([start, end])
 
 
 def fit_mixture(
@@ -1181,11 +1176,11 @@ def _occlusion(x, side, generator):
     side = round(side)
     free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
     first = (28 - max(side, 20)) // 2
-    corner = first + torch.randint(free + 1, (2, len(x), 1), generator=generator)  # (2, N, 1)
-    pixel = torch.arange(28)
-    inside = (pixel >= corner) & (pixel < corner + side)  # (2, N, 28): rows, columns
-    square = inside[0][:, :, None] & inside[1][:, None, :]  # (N, 28, 28)
-    return x.masked_fill(square[:, None], 0.0)
+    corners = first + torch.randint(free + 1, (2, len(x), 1), generator=generator)
+    x = x.clone()
+    for image, top, left in zip(x, *corners, strict=True):
+        image[:, top : top + side, left : left + side] = 0
+    return x
 
 
 def _blur(x, sigma, generator):
@@ -1239,8 +1234,7 @@ def corrupt(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
     """
     _check_images(images)
     if kind not in CORRUPTIONS:
-        kinds = ", ".join(repr(known) for known in CORRUPTIONS)
-        raise ValueError(f"kind must be one of {kinds}, not {kind!r}")
+        raise ValueError(f"kind must be one of {list(CORRUPTIONS)}, not {kind!r}")
     corruption = CORRUPTIONS[kind]
     _number(level, "level", 0, corruption.largest)
     _integer(seed, "seed", 0, MAX_SEED)
@@ -1289,14 +1283,19 @@ ANOMALIES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def anomaly_score(model: VAE, images: Tensor) -> Tensor:
-    """How badly the model reconstructs an image, (N,) on the CPU: higher is more anomalous.
+    """How badly the model reconstructs an image, (N,) on the CPU: higher is more anomalous."""
+    return reconstruction_score(model.reconstruct(images), images)
+
+
+def reconstruction_score(rebuilt: Tensor, images: Tensor) -> Tensor:
+    """`anomaly_score` of images whose reconstructions are at hand, both (N, 1, 28, 28).
 
     The geometric mean of `excess_bce`, `window_error` and `window_error` once more, over the sixth
     root of all the image's ink (plus 1), because the same error weighs more where there is less to
     reconstruct. It was the best of those that `python tests/measure.py scores` compares on
     validation images.
     """
-    rebuilt = model.reconstruct(images).cpu()
+    rebuilt = rebuilt.cpu()
     images = images.cpu()
     excess = excess_bce(rebuilt, images).clamp(min=0)
     error = (excess * window_error(rebuilt, images).square()) ** (1 / 3)
@@ -1309,8 +1308,8 @@ def excess_bce(rebuilt: Tensor, images: Tensor) -> Tensor:
     _check_pair(rebuilt, images)
     bce = F.binary_cross_entropy(rebuilt, images, reduction="none")
     entropy = F.binary_cross_entropy(images, images, reduction="none")
-    bce_sum = bce.flatten(1).sum(1).cpu().double()
-    return bce_sum - entropy.flatten(1).sum(1).cpu().double()
+    sums = [values.flatten(1).sum(1).cpu().double() for values in (bce, entropy)]
+    return sums[0] - sums[1]
 
 
 def window_error(rebuilt: Tensor, images: Tensor) -> Tensor:
@@ -1506,8 +1505,6 @@ def _thicken(ink):
 
 
 # ---------------------------------------- Figures ----------------------------------------
-# Each takes data, returns the Figure, and neither shows nor saves it.
-
 COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petroff, 2021)
 
 
@@ -1515,67 +1512,29 @@ def digits_grid(
     rows: list[Tensor],
     row_labels: list[str] | None = None,
     column_labels: list[str] | None = None,
-    cmaps: list[str] | None = None,
     size: float = 0.75,
 ) -> Figure:
     """A labelled grid of digits: each row a tensor (N, 1, 28, 28); rows may differ in length.
 
-    `cmaps` names a colour map for each row. A row in "gray" is drawn from 0 to 1, any other from
-    -1 to 1. `size` is that of a digit, in inches.
+    Images are drawn in grey from 0 to 1. A row with negative values, a difference, is drawn from -1
+    in red to 1 in blue. NaN is drawn as nothing. `size` is that of a digit, in inches.
     """
     if not rows or any(row.ndim != 4 or len(row) == 0 for row in rows):
         raise ValueError("a grid needs at least one row, and a row at least one (1, 28, 28) image")
     columns = max(len(row) for row in rows)
-    for labels, count in ((row_labels, len(rows)), (column_labels, columns), (cmaps, len(rows))):
-        if labels and len(labels) != count:
-            raise ValueError(
-                f"{len(labels)} labels or colour maps were given for {count} rows or columns"
-            )
     figsize = (size * columns + 1, size * len(rows) + 0.3)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=figsize, squeeze=False, layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
+    figure, ax = plt.subplots(figsize=figsize, layout="constrained")
     for i, row in enumerate(rows):
-        cmap = cmaps[i] if cmaps else "gray"
-        lowest = 0 if cmap == "gray" else -1
-        for j, ax in enumerate(axes[i]):
-            ax.set(xticks=[], yticks=[])
-            if j >= len(row):
-                ax.axis("off")
-                continue
-            ax.imshow(row[j, 0].cpu(), cmap, vmin=lowest, vmax=1, interpolation="nearest")
-            if column_labels and i == 0:
-                ax.set_title(column_labels[j], fontsize=font)
-        if row_labels:
-            axes[i, 0].set_ylabel(row_labels[i], rotation=0, ha="right", va="center", fontsize=font)
-    return figure
-
-
-def plot_history(history: list[dict]) -> Figure:
-    """Learning curves: loss, BCE and KL per epoch, training and validation, from `fit`.
-
-    The axes show the validation curve whole. The first epoch of training, by a network that knows
-    nothing yet, may start above.
-    """
-    if not history:
-        raise ValueError("there is no epoch to plot: the history is empty")
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for ax, key, title in zip(axes, ("loss", "bce", "kl"), ("loss", "BCE", "KL"), strict=True):
-        train = [row[f"train_{key}"] for row in history]
-        val = [row[f"val_{key}"] for row in history]
-        ax.plot(epochs, train, ".-", color=COLORS[0], label="training")
-        ax.plot(epochs, val, ".-", color=COLORS[1], label="validation")
-        shown = train[1:] + val
-        margin = 0.08 * (max(shown) - min(shown)) or 1
-        ax.set(title=title, xlabel="epoch", ylabel="nats per image")
-        ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-        ax.set_ylim(min(shown) - margin, max(shown) + margin)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
-    axes[0].legend()
+        framed = F.pad(row[:, 0].cpu(), (1, 1, 1, 1), value=math.nan)
+        strip = torch.cat(list(framed), dim=1)  # (N, 30, 30) -> (30, 30 N)
+        cmap, lowest = ("RdBu", -1) if (row < 0).any() else ("gray", 0)
+        place = (0, len(row), i + 1, i)  # left, right, bottom, top
+        ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
+    font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
+    ax.set_xticks(np.arange(columns) + 0.5, column_labels or [""] * columns, fontsize=font)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, row_labels or [""] * len(rows), fontsize=font)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set(xlim=(0, columns), ylim=(len(rows), 0), frame_on=False)
     return figure
 
 
@@ -1602,13 +1561,14 @@ def _check_images(images, name="images", check_values=True):
     kind = images.dtype if isinstance(images, Tensor) else type(images)
     if kind != torch.float32:
         raise TypeError(f"{name} must be a torch.Tensor of float32, not of {kind}")
-    if images.ndim != 4 or images.shape[1:] != (1, 28, 28) or len(images) == 0:
-        shape = tuple(images.shape)
+    shape = tuple(images.shape)
+    if shape[1:] != (1, 28, 28) or shape[0] == 0:
         raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
-    if check_values:
-        low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):  # false for NaN, too
-            raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
+    if not check_values:
+        return
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):  # false for NaN, too
+        raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
 
 
 def _check_pair(images, originals):

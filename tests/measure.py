@@ -309,7 +309,7 @@ def candidate_scores(model, mixture, images):
         "excess BCE: the same less the image's entropy": excess,
         "largest window error": utils.window_error(rebuilt, images),
         "density of the codes": utils.density_score(mixture, model, images),
-        "reconstruction: `anomaly_score`": reconstruction_score(rebuilt, images),
+        "reconstruction: `anomaly_score`": utils.reconstruction_score(rebuilt, images),
     }
     if model.variational:
         loss = utils.loss_per_image(model, images).loss
@@ -452,19 +452,6 @@ def spread_evenly(images, n):
     return images[:: max(1, len(images) // n)]
 
 
-class AlreadyRebuilt(NamedTuple):
-    """Gives `utils.anomaly_score` reconstructions that are at hand, instead of a model."""
-
-    rebuilt: torch.Tensor
-
-    def reconstruct(self, images):
-        return self.rebuilt
-
-
-def reconstruction_score(rebuilt, images):
-    return utils.anomaly_score(AlreadyRebuilt(rebuilt), images)
-
-
 def measure_images(data, model, seed):
     """Errors and anomaly scores of every image, from one reconstruction of each."""
     mixture = mixture_of(model, data, seed)
@@ -472,7 +459,7 @@ def measure_images(data, model, seed):
     arrays = {"input": {}, "error": {}, "optimised": {}, "reconstruction": {}, "density": {}}
 
     def enter_scores(name, images, codes, rebuilt):
-        arrays["reconstruction"][name] = reconstruction_score(rebuilt, images).numpy()
+        arrays["reconstruction"][name] = utils.reconstruction_score(rebuilt, images).numpy()
         arrays["density"][name] = -mixture.score_samples(codes.double().numpy())
 
     for name, (kind, level) in LEVELS.items():

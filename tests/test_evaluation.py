@@ -260,7 +260,7 @@ def test_rotation_is_by_its_angle():
 @pytest.mark.parametrize(
     "kind, level, error, says",
     [
-        ("fog", 1, ValueError, "^kind must be one of 'noise', .* not 'fog'"),
+        ("fog", 1, ValueError, r"^kind must be one of \['noise', .* not 'fog'"),
         ("noise", -0.1, ValueError, "^level == -0.1"),
         ("noise", 1.1, ValueError, "^level == 1.1"),
         ("occlusion", 29, ValueError, "^level == 29"),
@@ -574,15 +574,21 @@ def test_squared_error_sums_over_the_pixels_of_an_image(images):
 
 def test_digits_grid_draws_what_it_was_given(images):
     rows = [images[:3], images[3:5] - images[:2]]
-    figure = utils.digits_grid(rows, ["a", "b"], ["0", "1", "2"], cmaps=["gray", "RdBu"])
-    axes = [ax for ax in figure.axes if ax.images]
-    assert len(axes) == 5
-    for ax, x in zip(axes, torch.cat(rows), strict=True):
-        assert torch.equal(torch.as_tensor(ax.images[0].get_array().data), x[0])
-    assert axes[0].images[0].get_clim() == (0, 1)
-    assert axes[3].images[0].get_clim() == (-1, 1)
-    assert [ax.get_title() for ax in axes[:3]] == ["0", "1", "2"]
-    assert axes[0].get_ylabel() == "a"
+    figure = utils.digits_grid(rows, ["a", "b"], ["0", "1", "2"])
+    (ax,) = figure.axes
+    for row, strip, highest in zip(rows, ax.images, (0, 1), strict=True):
+        left, right, bottom, top = strip.get_extent()
+        assert (left, right, bottom, top) == (0, len(row), highest + 1, highest)
+        drawn = torch.as_tensor(strip.get_array().filled(math.nan))
+        assert drawn.shape == (30, 30 * len(row))
+        for i, x in enumerate(row):
+            assert torch.equal(drawn[1:29, 30 * i + 1 : 30 * i + 29], x[0])
+    assert [strip.get_clim() for strip in ax.images] == [(0, 1), (-1, 1)]
+    assert [strip.get_cmap().name for strip in ax.images] == ["gray", "RdBu"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.get_xticks().tolist() == [0.5, 1.5, 2.5]
+    assert ax.get_yticks().tolist() == [0.5, 1.5]
     plt.close(figure)
 
 
@@ -593,35 +599,11 @@ def test_digits_grid_without_images_says_what_it_needs(images, n):
         utils.digits_grid(rows)
 
 
-@pytest.mark.parametrize(
-    "labels", [{"row_labels": ["a"]}, {"column_labels": ["1", "2"]}, {"cmaps": ["gray"] * 3}]
-)
+@pytest.mark.parametrize("labels", [{"row_labels": ["a"]}, {"column_labels": ["1", "2"]}])
 def test_digits_grid_counts_its_labels(images, labels):
-    with pytest.raises(ValueError, match="labels or colour maps were given for"):
+    with pytest.raises(ValueError, match="the number of labels"):
         utils.digits_grid([images[:3], images[:2]], **labels)
-
-
-def test_plot_history_draws_every_epoch():
-    history = []
-    for epoch in (1, 2, 3):
-        row = {"epoch": epoch}
-        for part in ("train", "val"):
-            for key in ("loss", "bce", "kl"):
-                row[f"{part}_{key}"] = float(torch.rand(()))
-        history.append(row)
-    figure = utils.plot_history(history)
-    drawn = [line.get_ydata().tolist() for ax in figure.axes for line in ax.lines]
-    expected = []
-    for key in ("loss", "bce", "kl"):
-        for part in ("train", "val"):
-            expected.append([row[f"{part}_{key}"] for row in history])
-    assert drawn == expected
-    plt.close(figure)
-
-
-def test_plot_history_of_no_epoch_says_so():
-    with pytest.raises(ValueError, match="no epoch to plot"):
-        utils.plot_history([])
+    plt.close("all")
 
 
 # other devices

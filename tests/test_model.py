@@ -131,10 +131,8 @@ def test_vae_loss_refuses_tensors_that_do_not_go_together():
     """Broadcasting would turn them into a number that means nothing."""
     x = torch.zeros(6, 1, 28, 28)
     codes = torch.zeros(6, 4)
-    with pytest.raises(ValueError, match="same shape and device"):
+    with pytest.raises(ValueError, match="logits .* and x .* differ in shape"):
         utils.vae_loss(x[:1], x, codes, codes)
-    with pytest.raises(ValueError, match="same shape and device"):
-        utils.vae_loss(x.to("meta"), x, codes, codes)
     with pytest.raises(ValueError, match="differ in shape"):
         utils.vae_loss(x, x, codes, codes[:, :1])
 

@@ -115,8 +115,10 @@ def test_what_is_kept_is_the_running_average_of_the_weights(
     expected = {}
     last = {}
 
-    def follow(*_):
+    def follow(optimizer, *_):
         nonlocal count
+        if optimizer.param_groups[0]["lr"] == 0:  # the step that only makes Adam's moments
+            return
         count += 1
         if count == every:
             expected.update(weights_of(model))
@@ -613,7 +615,7 @@ def test_a_state_that_does_not_fit_is_not_loaded(few, best, monkeypatch, part, c
 
     def changed(model, metadata, state=None):
         for name in list(state or {}):
-            if name.startswith(f"training/{part}/") and state[name].is_floating_point():
+            if name.startswith(f"training.{part}.") and state[name].is_floating_point():
                 tensor = state.pop(name)
                 if change == "shape":
                     state[name] = tensor.new_zeros(3, 3)
@@ -767,7 +769,7 @@ def test_a_disk_that_fills_costs_no_checkpoint_and_no_training(few, best, monkey
             model, history = train(few, best, epochs=3, resume=False)
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 4 - epoch
-    assert "could not be written (File too large): training goes on" in texts[0]
+    assert "could not be written (File too large). Training goes on" in texts[0]
     assert "save_checkpoint" in texts[-1]
     loss = utils.evaluate(model, few[1], num_samples=1).loss
     assert loss == pytest.approx(min(row["val_loss"] for row in history), rel=1e-5)
@@ -1135,29 +1137,47 @@ def test_the_noise_of_training_is_drawn_on_its_device(monkeypatch):
     settings = {"seed": 0, "batch_size": 2, "epochs": 1, "learning_rate": 1e-3, "beta": 1.0}
     images = torch.empty(4, 1, 28, 28, device="meta")
     optimizer = utils._adam(model)
+    average = utils._running_average(model, 2)
     monkeypatch.setattr(torch, "Generator", watched)
-    with utils._progress_bar(settings, 4, 0) as bar:
+    with utils._progress_bar(2, 0) as bar:
         with pytest.raises(NotImplementedError):  # nothing is ever read from the meta device
-            utils._train_epoch(model, model, optimizer, images, settings, 1, bar)
+            utils._train_epoch(model, optimizer, average, images, settings, 1, bar)
     assert asked == ["meta", "cpu"], "the noise on the device, the order on the CPU"
 
 
-@pytest.mark.parametrize("device, expected", [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
-def test_adams_steps_are_counted_where_it_wants_them(monkeypatch, device, expected):
-    """Its fused kernel on CUDA refuses counts on the CPU; elsewhere they belong there."""
-    asked = []
-    zeros = torch.zeros
-
-    def watched(*args, device=None):
-        asked.append(str(device))
-        return zeros(*args)
-
-    model = utils.VAE(2)
-    monkeypatch.setattr(utils, "_device", lambda model: torch.device(device))
-    monkeypatch.setattr(torch, "zeros", watched)
+def test_what_makes_adams_moments_leaves_no_trace(few):
+    """Else the first step would not be Adam's first, or the weights would not be the ones given."""
+    model = fresh()
+    start = weights_of(model)
     optimizer = utils._adam(model)
-    assert asked == [expected] * len(list(model.parameters()))
-    assert optimizer.defaults["fused"] == (device != "mps")
+    assert holds(model, start)
+    assert all(p.grad is None for p in model.parameters())
+    dense = [p for p in model.parameters() if p.ndim == 2]
+    for p in model.parameters():
+        assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(float(moment.abs().sum()) == 0 for moment in optimizer.state[p].values())
+    other = fresh()
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for p in other.parameters() if p.ndim != 2], "weight_decay": 0.0},
+            {"params": [p for p in other.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        ],
+        fused=True,
+    )
+    for network, adam in ((model, optimizer), (other, plain)):
+        for group in adam.param_groups:
+            group["lr"] = 1e-3
+        logits, mu, logvar = network(few[0], torch.Generator().manual_seed(0))
+        utils.vae_loss(logits, few[0], mu, logvar).loss.backward()
+        adam.step()
+    assert len(dense) == 6
+    assert same_weights(model, other)
+
+
+@pytest.mark.parametrize("device, fused", [("cpu", True), ("cuda", True), ("mps", False)])
+def test_adam_is_fused_where_it_can_be(monkeypatch, device, fused):
+    monkeypatch.setattr(utils, "_device", lambda model: torch.device(device))
+    assert utils._adam(utils.VAE(2)).defaults["fused"] == fused
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
