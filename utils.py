@@ -1505,6 +1505,7 @@ def _thicken(ink):
 
 
 # ---------------------------------------- Figures ----------------------------------------
+
 COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petroff, 2021)
 
 
