@@ -7,6 +7,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
+# Several workers share the processors: threads of their own would only hold each other up.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import matplotlib
 import pytest
 import torch
@@ -37,6 +41,11 @@ def report(sender, function, args):
         sender.send((True, function(*args)))
     except BaseException:
         sender.send((False, traceback.format_exc()))
+
+
+def pytest_collection_modifyitems(items):
+    """The slow tests first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
