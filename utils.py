@@ -27,10 +27,8 @@ import os
 import platform
 import random
 import socket
-import stat
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -43,7 +41,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage.measure import label, regionprops
@@ -61,7 +58,7 @@ from tqdm import tqdm
 MAX_SEED = 2**32 - 1
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed):
     """Seed Python, NumPy and torch, and let cuDNN take deterministic algorithms in full float32.
 
     On one machine with one number of threads a run on the CPU then repeats bit for bit. On CUDA
@@ -75,7 +72,7 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = False  # 10 bits of precision would move the third decimal
 
 
-def pick_device() -> torch.device:
+def pick_device():
     """The accelerator (CUDA, then Apple's MPS) if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -118,9 +115,7 @@ class Data(NamedTuple):
     test: Split
 
 
-def load_images(
-    source: str = "auto", root: str | Path = "data", val_size: int = 5000, seed: int = 0
-) -> Data:
+def load_images(source="auto", root="data", val_size=5000, seed=0):
     """Load handwritten digits, split into training, validation and test images.
 
     source: "mnist" takes the files under `root`/MNIST/raw, or downloads them there. "digits" takes
@@ -142,17 +137,17 @@ def load_images(
         except FileNotFoundError as error:
             if source == "mnist":
                 raise
-            rule = "!" * 80
             warnings.warn(
-                f"\n{rule}\nNOT MNIST: {error}\n"
+                f"\n!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!\nNOT MNIST: {error}\n"
                 "Going on with scikit-learn's 1,797 small digits. They show that everything runs;\n"
-                f"their results cannot be compared with MNIST's.\n{rule}",
+                "their results cannot be compared with MNIST's.\n"
+                "!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!",
                 stacklevel=2,
             )
     return _digits(val_size, seed)
 
 
-def leave_out(data: Data, digit: int | None) -> Data:
+def leave_out(data, digit):
     """The data without one digit, 0 to 9, in any of the splits; all of it for None."""
     if digit is None:
         return data
@@ -195,7 +190,7 @@ def _download_mnist(root, raw):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
-        with _lock(raw, wait=True):
+        with _lock(raw, timeout=-1):
             MNIST(root, download=True)
     except Exception as error:  # whatever the network does, the reason is told
         for folder in (raw, raw.parent, root):
@@ -244,14 +239,14 @@ BATCH = 500  # images at a time where nothing is trained
 class Residual(nn.Sequential):
     """h + f(h), f being the layers in turn; the shape stays."""
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         return h + super().forward(h)
 
 
 class Encoder(nn.Module):
     """Images (B, 1, 28, 28) in [0, 1] -> mean and log-variance (B, latent_dim) of q(z|x)."""
 
-    def __init__(self, latent_dim: int):
+    def __init__(self, latent_dim):
         super().__init__()
         self.conv = nn.Sequential(
             nn.Conv2d(1, 16, 4, stride=2, padding=1),  # (B, 1, 28, 28) -> (B, 16, 14, 14)
@@ -271,7 +266,7 @@ class Encoder(nn.Module):
             nn.Linear(384, 2 * latent_dim),  # -> (B, 2D)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x):
         mu, logvar = self.dense(self.conv(x)).chunk(2, dim=1)  # (B, 2D) -> (B, D), (B, D)
         return mu, logvar
 
@@ -279,7 +274,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent codes (B, latent_dim) -> logits (B, 1, 28, 28) of p(x|z); a sigmoid gives greys."""
 
-    def __init__(self, latent_dim: int):
+    def __init__(self, latent_dim):
         super().__init__()
         self.dense = nn.Sequential(
             nn.Linear(latent_dim, 384),  # (B, D) -> (B, 384)
@@ -299,11 +294,11 @@ class Decoder(nn.Module):
             nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1),  # -> (B, 1, 28, 28)
         )
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z):
         return self.conv(self.dense(z))
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def reparameterize(mu, logvar, generator=None):
     """z = mu + sigma * eps with eps ~ N(0, I): gradients reach mu and logvar. All are (B, D)."""
     eps = _standard_normal(mu.shape, generator, mu.device)
     sigma = (0.5 * _bounded(logvar)).exp()
@@ -328,7 +323,7 @@ class VAE(nn.Module):
     logvar is None, and its KL is zero.
     """
 
-    def __init__(self, latent_dim: int = 32, variational: bool = True):
+    def __init__(self, latent_dim=32, variational=True):
         super().__init__()
         check_scalar(variational, "variational", bool)
         self.latent_dim = _integer(latent_dim, "latent_dim", 1, MAX_LATENT_DIM)
@@ -338,7 +333,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(self.latent_dim)
         self.to("cpu")  # lays out the convolutions
 
-    def to(self, *args, **kwargs) -> "VAE":
+    def to(self, *args, **kwargs):
         """Move or cast as nn.Module does, and lay the convolutions out for the device.
 
         Channels last is the faster layout on the CPU and CUDA. On Apple's MPS, many versions of
@@ -349,35 +344,28 @@ class VAE(nn.Module):
         layout = torch.contiguous_format if on_mps else torch.channels_last
         return super().to(memory_format=layout)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, x):
         """Images (B, 1, 28, 28) on the model's device -> mu, logvar, each (B, D)."""
         _check_images(x, check_values=False)
-        device = _device(self)
-        if x.device != device:
-            raise ValueError(
-                f"images are on {x.device}, the model is on {device}: move one of them"
-            )
         mu, logvar = self.encoder(x)
         return mu, (logvar if self.variational else None)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z):
         """Codes (B, D) -> logits (B, 1, 28, 28)."""
         return self.decoder(z)
 
-    def forward(
-        self, x: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, x, generator=None):
         """Images (B, 1, 28, 28) -> logits of one sampled z, mu, logvar."""
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, generator) if self.variational else mu
         return self.decode(z), mu, logvar
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x):
         """Images -> the decoded means of their posteriors: no sampling, and as in eval mode."""
         mu, _ = posterior(self, x)
         return self.draw(mu)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n, generator=None):
         """n images (n, 1, 28, 28) decoded from z ~ N(0, I), the prior.
 
         A plain autoencoder was never taught that prior: its samples are seldom digits.
@@ -387,11 +375,11 @@ class VAE(nn.Module):
         return self.draw(z)
 
     @torch.no_grad()
-    def draw(self, z: Tensor | np.ndarray) -> Tensor:
+    def draw(self, z):
         """Codes (N, D) -> their images (N, 1, 28, 28) in [0, 1]; in batches, as in eval mode."""
         z = torch.as_tensor(z, dtype=torch.float32, device=_device(self))
-        if z.ndim != 2 or z.shape[1] != self.latent_dim or len(z) == 0:
-            shape = tuple(z.shape)
+        shape = tuple(z.shape)
+        if shape[1:] != (self.latent_dim,) or shape[0] == 0:
             raise ValueError(f"codes must have the shape (N, {self.latent_dim}), not {shape}")
         with _evaluating(self):
             return torch.cat([self.decode(part).sigmoid() for part in z.split(BATCH)])
@@ -418,16 +406,15 @@ def _evaluating(model):
 class Loss(NamedTuple):
     """loss = bce + beta * kl, in nats per image; with beta = 1 it is -ELBO."""
 
-    loss: Tensor | float
-    bce: Tensor | float
-    kl: Tensor | float
+    loss: Tensor
+    bce: Tensor
+    kl: Tensor
 
 
-def vae_loss(
-    logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor | None, beta: float = 1.0
-) -> Loss:
+def vae_loss(logits, x, mu, logvar, beta=1.0):
     """Binary cross-entropy plus beta times KL(q(z|x) || N(0, I)), averaged over a batch.
 
+    logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
     Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
     appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). `logvar=None`, a plain
     autoencoder, has no KL. Raises ValueError for tensors that do not go together and for images
@@ -452,13 +439,13 @@ def _loss(logits, x, mu, logvar, beta):
     return Loss(bce + beta * kl, bce, kl)
 
 
-def bce_per_image(logits: Tensor, x: Tensor) -> Tensor:
+def bce_per_image(logits, x):
     """-log p(x|z) of Bernoulli pixels, grey values as probabilities: (B, 1, 28, 28) -> (B,)."""
     bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     return bce.flatten(1).sum(1)
 
 
-def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
+def kl_per_dimension(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2: (B, D) -> (B, D)."""
     logvar = _bounded(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
@@ -470,7 +457,7 @@ WEIGHT_DECAY = 0.1  # of the dense layers, which narrows the gap between trainin
 MAX_EPOCHS = 4000  # the history of more would not fit into a checkpoint
 
 
-def learning_rate_at(progress: float, learning_rate: float) -> float:
+def learning_rate_at(progress, learning_rate):
     """Adam's rate once the share `progress` of a run is done.
 
     It doubles over the first tenth and then falls to zero in a straight line, which beats the
@@ -482,21 +469,22 @@ def learning_rate_at(progress: float, learning_rate: float) -> float:
 
 
 def fit(
-    model: VAE,
-    train_images: Tensor,
-    val_images: Tensor,
+    model,
+    train_images,
+    val_images,
     *,
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    beta: float = 1.0,
-    checkpoint: str | Path | None = None,
-    resume: bool = True,
-    seed: int = 0,
-    metadata: dict | None = None,
-) -> list[dict]:
-    """Train with Adam and return the history, one row per epoch.
+    epochs=20,
+    batch_size=64,
+    learning_rate=1e-3,
+    beta=1.0,
+    checkpoint=None,
+    resume=True,
+    seed=0,
+    metadata=None,
+):
+    """Train with Adam and return the history, a list with one dict per epoch.
 
+    Images are float32 tensors (N, 1, 28, 28) with values in [0, 1].
     A row holds epoch, train_loss, train_bce, train_kl, val_loss, val_bce, val_kl (nats per image),
     learning_rate (at the epoch's start) and seconds. The training losses are averages over an
     epoch in which the weights move; the validation losses are those of the weights' running average
@@ -673,46 +661,22 @@ def _history_row(epoch, train, val, settings, started):
 
 
 def _format_row(row, epochs):
-    return (
-        f"epoch {row['epoch']:2d}/{epochs}   training {row['train_loss']:7.2f}   "
-        f"validation {row['val_loss']:7.2f} = BCE {row['val_bce']:6.2f} + KL {row['val_kl']:5.2f} "
-        f"nats   {row['seconds']:5.1f} s"
+    text = (
+        "epoch {epoch:2d}/{epochs}   training {train_loss:7.2f}   validation {val_loss:7.2f} = "
+        "BCE {val_bce:6.2f} + KL {val_kl:5.2f} nats   {seconds:5.1f} s"
     )
+    return text.format(epochs=epochs, **row)
 
 
 def _describe(history, metadata, settings):
-    """What is known of a run's best epoch, the first with the lowest validation loss."""
+    """What is known of a run: above all its best epoch, the first with the lowest loss."""
     best = min(history, key=lambda row: row["val_loss"])
-    figures = {key: best[key] for key in ("epoch", "val_loss", "val_bce", "val_kl")}
-    return {**metadata, **figures, "settings": settings, "history": history.copy()}
+    return {**metadata, **best, "settings": settings, "history": history.copy()}
 
 
 def _progress_bar(steps, steps_done):
-    """tqdm's bar in a terminal; in a notebook the same bar as one output that is redrawn.
-
-    A notebook gets no widget, which would be dead when it is opened again.
-    """
-    in_terminal = sys.stderr.isatty()
-    file = None
-    if "ipykernel" in sys.modules and not in_terminal:
-        from IPython.display import display
-
-        output = display({"text/plain": ""}, raw=True, display_id=True)
-        file = types.SimpleNamespace(
-            write=lambda text: output.update({"text/plain": text.strip()}, raw=True),
-            flush=lambda: None,
-        )
-    return tqdm(
-        total=steps,
-        initial=steps_done,
-        unit="batch",
-        leave=False,
-        mininterval=0.5,
-        ascii=False,
-        ncols=90,
-        file=file,
-        disable=file is None and not in_terminal,
-    )
+    """tqdm's bar in a terminal. Elsewhere, in a notebook or a log, the line per epoch is enough."""
+    return tqdm(total=steps, initial=steps_done, unit="batch", leave=False, disable=None)
 
 
 def _training_state(model, optimizer, average):
@@ -733,14 +697,13 @@ def _restore(path, resume, settings, best, state):
     if not os.path.lexists(path):
         return []
     found, found_state = _unpack(_read(path), path)
-    known = found.metadata
     sought = dict(settings)
     if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
         # The model holds the best epoch that an interrupt left: it may go on with the run, too.
-        sought["initial_weights"] = known["settings"]["initial_weights"]
-    if not resume or known.get("settings") != sought:
+        sought["initial_weights"] = found.metadata["settings"]["initial_weights"]
+    if not resume or found.metadata.get("settings") != sought:
         return []
-    history = known["history"]
+    history = found.metadata["history"]
     finished = len(history) == settings["epochs"]
     if not finished and not found_state:  # a copy of the model without what it takes to go on
         return []
@@ -791,9 +754,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, foreign, does not fit, or cannot be read or written."""
 
 
-def save_checkpoint(
-    path: str | Path, model: VAE, *, allow_reference: bool = False, **metadata
-) -> None:
+def save_checkpoint(path, model, *, allow_reference=False, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
     `metadata` (plain Python values) are added to the model's own. A file named `*_reference` is
@@ -809,7 +770,7 @@ def save_checkpoint(
         _write(path, content)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+def load_checkpoint(path, device="cpu"):
     """The model of a checkpoint in eval mode on `device`, with `model.metadata`.
 
     Nothing in the file is executed. Raises FileNotFoundError where there is none, CheckpointError
@@ -820,13 +781,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> VAE
     return model.to(device).eval()
 
 
-def checkpoint_path(
-    folder: str | Path,
-    data: str,
-    autoencoder: bool = False,
-    left_out: int | None = None,
-    which: str = "best",
-) -> Path:
+def checkpoint_path(folder, data, autoencoder=False, left_out=None, which="best"):
     """Where the notebooks keep a model: "best" is one's own, "reference" comes with the clone."""
     check_scalar(autoencoder, "autoencoder", bool)
     kind = "ae" if autoencoder else "vae"
@@ -834,25 +789,21 @@ def checkpoint_path(
     return _as_path(folder, "folder") / f"{kind}_{data}{without}_{which}.safetensors"
 
 
-def load_best(
-    folder: str | Path, data: str, autoencoder: bool = False, device: str | torch.device = "cpu"
-) -> VAE:
+def load_best(folder, data, autoencoder=False, device="cpu"):
     """One's own best model of these data where there is one, else the reference; says which.
 
     Raises FileNotFoundError if there is neither, CheckpointError for an unfit file.
     """
     own = checkpoint_path(folder, data, autoencoder)
     reference = checkpoint_path(folder, data, autoencoder, which="reference")
-    take_own = os.path.lexists(own) or not reference.exists()
-    path = own if take_own else reference
+    path = own if os.path.lexists(own) or not reference.exists() else reference
     model = load_checkpoint(path, device)
     known = model.metadata
     if known.get("data") != data:
         raise CheckpointError(f"{path} is not a model of {data}, which is loaded: move it away")
-    print(
-        f"{path}: {'your own' if take_own else 'the reference'}, epoch {known.get('epoch')}, "
-        f"validation loss {known.get('val_loss', math.nan):.2f} nats"
-    )
+    whose = "your own" if path == own else "the reference"
+    loss = known.get("val_loss", math.nan)
+    print(f"{path}: {whose}, epoch {known.get('epoch')}, validation loss {loss:.2f} nats")
     return model
 
 
@@ -865,15 +816,15 @@ def _path_to_write(value, name, allow_reference=False):
 
 def _check_tensors(tensors, expected):
     """ValueError unless names, shapes and dtypes are as expected and the values make sense."""
-    if tensors.keys() != expected.keys():
-        names = sorted(tensors.keys() ^ expected.keys())
-        raise ValueError(f"tensors are missing or superfluous: {names[:3]}")
+    names = tensors.keys() ^ expected.keys()
+    if names:
+        raise ValueError(f"tensors are missing or superfluous: {sorted(names)[:3]}")
     for name, like in expected.items():
         tensor = tensors[name]
-        if tensor.dtype != like.dtype or tensor.shape != like.shape:
+        if (tensor.dtype, tensor.shape) != (like.dtype, like.shape):
             raise ValueError(f"{name} is not {like.dtype} of the shape {tuple(like.shape)}")
-        is_variance = "running_var" in name or "exp_avg_sq" in name
-        if not tensor.isfinite().all() or (is_variance and tensor.min() < 0):
+        lowest = 0 if "running_var" in name or "exp_avg_sq" in name else -math.inf
+        if not tensor.isfinite().all() or tensor.min() < lowest:
             raise ValueError(f"{name} holds NaN, infinity or a negative variance")
 
 
@@ -910,9 +861,8 @@ def _pack(model, metadata, state=None):
             "metadata must be plain values: text, finite numbers, bool, None, and lists and dicts "
             "of them, with text as keys, neither long nor nested without end"
         )
-    tensors = {}
-    for name, tensor in {**model.state_dict(), **(state or {})}.items():
-        tensors[name] = tensor.detach().cpu().contiguous()
+    live = {**model.state_dict(), **(state or {})}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
     written = {"json": text, "sha256": _digest(tensors, text)}
     content = safetensors.torch.save(tensors, written)
     _unpack(content, "what would be saved")
@@ -952,14 +902,17 @@ def _unpack(content, source):
 def _read(path):
     """The content of a regular file of a size that a checkpoint can have."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-            why = f"it is no file, or too large ({status.st_size:,} bytes)"
-            raise CheckpointError(f"{path} is not a checkpoint of this project: {why}")
+        size = path.stat().st_size
+        if not path.is_file() or size > MAX_FILE_BYTES:
+            raise CheckpointError(
+                f"{path} is not a checkpoint of this project: it is no file, or too large "
+                f"({size:,} bytes)"
+            )
         return path.read_bytes()
     except FileNotFoundError:
-        message = f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
-        raise FileNotFoundError(message) from None
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} could not be read ({error.strerror})") from None
 
@@ -1000,12 +953,12 @@ def _free_name(path):
 
 
 @contextlib.contextmanager
-def _lock(path, wait=False):
+def _lock(path, timeout=0):
     """Hold `path` for one process; the system frees the lock of a killed one.
 
     CheckpointError, before any work, if another process holds it or its folder is not writable.
     """
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -1027,7 +980,7 @@ def _lock(path, wait=False):
 
 
 @torch.no_grad()
-def posterior(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def posterior(model, images):
     """mu and logvar (N, D) of q(z|x) for images (N, 1, 28, 28), on the model's device.
 
     logvar is None for a plain autoencoder.
@@ -1049,7 +1002,7 @@ def _bce_of_codes(model, z, images):
     return torch.cat(bces).cpu().double()
 
 
-def loss_per_image(model: VAE, images: Tensor, num_samples: int = 10, seed: int = 0) -> Loss:
+def loss_per_image(model, images, num_samples=10, seed=0):
     """-ELBO, BCE and KL of every image in nats, each (N,): means over `num_samples` sampled z.
 
     The noise is drawn for all images at once from `seed`, so that batches make no difference.
@@ -1070,9 +1023,7 @@ def loss_per_image(model: VAE, images: Tensor, num_samples: int = 10, seed: int 
     return Loss(bce + kl, bce, kl)
 
 
-def evaluate(
-    model: VAE, images: Tensor, num_samples: int = 10, seed: int = 0, beta: float = 1.0
-) -> Loss:
+def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     """BCE + beta * KL, BCE and KL over a data set in nats per image, every image weighted the same.
 
     See `loss_per_image`.
@@ -1085,7 +1036,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def log_likelihood(model: VAE, images: Tensor, num_samples: int = 500, seed: int = 0) -> Tensor:
+def log_likelihood(model, images, num_samples=500, seed=0):
     """log p(x) of every image in nats, (N,): importance sampling with q(z|x) as the proposal.
 
     log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)], a lower bound that tightens as
@@ -1100,18 +1051,17 @@ def log_likelihood(model: VAE, images: Tensor, num_samples: int = 500, seed: int
     mu, logvar = posterior(model, images)
     sigma = (0.5 * _bounded(logvar)).exp()
     generator = torch.Generator().manual_seed(seed)
-    total = torch.full((len(images),), -math.inf, dtype=torch.float64)
+    log_weights = []
     for _ in range(num_samples):
         eps = _standard_normal(mu.shape, generator, mu.device)
         z = mu + sigma * eps
         # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
         log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
-        log_weight = log_ratio - _bce_of_codes(model, z, images)
-        total = torch.logaddexp(total, log_weight)
-    return total - math.log(num_samples)
+        log_weights.append(log_ratio - _bce_of_codes(model, z, images))
+    return torch.stack(log_weights).logsumexp(0) - math.log(num_samples)
 
 
-def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
+def active_units(mu, threshold=0.01):
     """Which latent dimensions are in use, (N, D) -> (D,): those whose mean varies over the images.
 
     The definition and the threshold are those of Burda et al. (2015).
@@ -1119,7 +1069,7 @@ def active_units(mu: Tensor, threshold: float = 0.01) -> Tensor:
     return mu.var(0) > threshold
 
 
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+def interpolate(start, end, steps):
     """`steps` codes from start to end, both (D,), along the arc between them: -> (steps, D).
 
     Spherical interpolation (Shoemake, 1985): a straight line would cut through the middle, where
@@ -1137,9 +1087,7 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return weights @ torch.stack([start, end])
 
 
-def fit_mixture(
-    model: VAE, images: Tensor, num_components: int = 50, seed: int = 0
-) -> GaussianMixture:
+def fit_mixture(model, images, num_components=50, seed=0):
     """A mixture of Gaussians over the codes mu of images: a density on codes, after training.
 
     Its samples, decoded, look better than those of the prior, and it gives a plain autoencoder a
@@ -1150,13 +1098,8 @@ def fit_mixture(
     _integer(num_components, "num_components", 1, len(images))
     _integer(seed, "seed", 0, MAX_SEED)
     mixture = GaussianMixture(num_components, reg_covar=1e-4, tol=1e-2, random_state=seed)
-    return mixture.fit(_codes(model, images))
-
-
-def _codes(model, images):
-    """The codes mu as scikit-learn wants them; in float32, covariances would not be symmetric."""
     mu, _ = posterior(model, images)
-    return mu.cpu().double().numpy()
+    return mixture.fit(mu.cpu().double().numpy())  # in float32 covariances lose their symmetry
 
 
 # ------------------------------- Robustness and anomalies -------------------------------
@@ -1184,8 +1127,7 @@ def _occlusion(x, side, generator):
 
 
 def _blur(x, sigma, generator):
-    sigmas = (0, 0, sigma, sigma)
-    blurred = ndimage.gaussian_filter(x.numpy(), sigmas, mode="constant", radius=14)
+    blurred = ndimage.gaussian_filter(x, (0, 0, sigma, sigma), mode="constant", radius=14)
     return torch.from_numpy(blurred)
 
 
@@ -1203,10 +1145,10 @@ def _rotation(x, degrees, generator):
 class Corruption(NamedTuple):
     """apply(images, level, generator); the level's unit, its largest value, four mild to severe."""
 
-    apply: Callable[[Tensor, float, torch.Generator], Tensor]
+    apply: Callable
     unit: str
     largest: float
-    levels: tuple[float, ...]
+    levels: tuple
 
 
 CORRUPTIONS = {
@@ -1226,7 +1168,7 @@ CORRUPTIONS = {
 }
 
 
-def corrupt(images: Tensor, kind: str, level: float, seed: int = 0) -> Tensor:
+def corrupt(images, kind, level, seed=0):
     """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; level 0 does nothing.
 
     `seed` decides all that is random. Raises ValueError for a kind that is not in CORRUPTIONS, or
@@ -1248,23 +1190,14 @@ def _shuffled(x, seed):
     return x.flatten(1)[:, order].view_as(x)
 
 
-def _thicker(x, seed):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
 def _thinner(x, seed):
     ground = 1 - F.pad(x, (0, 1, 0, 1))
     return 1 - F.max_pool2d(ground, 2, stride=1)
 
 
-def _half(x, seed):
-    left = x[..., :14]
-    return torch.cat([left, torch.zeros_like(x[..., 14:])], 3)
-
-
 # What is no digit, or no longer quite one: functions of digits (N, 1, 28, 28) and a seed. The
 # anomaly score was chosen on the first seven alone.
-ANOMALIES: dict[str, Callable[[Tensor, int], Tensor]] = {
+ANOMALIES = {
     "mirrored": lambda x, seed: x.flip(3),
     "rotated": lambda x, seed: x.rot90(1, (2, 3)),
     "occluded": lambda x, seed: corrupt(x, "occlusion", 8, seed),
@@ -1274,20 +1207,20 @@ ANOMALIES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "black": lambda x, seed: torch.zeros_like(x),
     "upside down": lambda x, seed: x.flip(2),
     "transposed": lambda x, seed: x.transpose(2, 3),
-    "thicker": _thicker,
+    "thicker": lambda x, seed: F.max_pool2d(x, 3, stride=1, padding=1),
     "thinner": _thinner,
     "two overlaid": lambda x, seed: torch.maximum(x, x.roll(1, 0)),
-    "half": _half,
+    "half": lambda x, seed: F.pad(x[..., :14], (0, 14)),
     "shifted": lambda x, seed: F.pad(x, (2, -2, 2, -2)),
 }
 
 
-def anomaly_score(model: VAE, images: Tensor) -> Tensor:
+def anomaly_score(model, images):
     """How badly the model reconstructs an image, (N,) on the CPU: higher is more anomalous."""
     return reconstruction_score(model.reconstruct(images), images)
 
 
-def reconstruction_score(rebuilt: Tensor, images: Tensor) -> Tensor:
+def reconstruction_score(rebuilt, images):
     """`anomaly_score` of images whose reconstructions are at hand, both (N, 1, 28, 28).
 
     The geometric mean of `excess_bce`, `window_error` and `window_error` once more, over the sixth
@@ -1303,7 +1236,7 @@ def reconstruction_score(rebuilt: Tensor, images: Tensor) -> Tensor:
     return error / (1 + ink) ** (1 / 6)
 
 
-def excess_bce(rebuilt: Tensor, images: Tensor) -> Tensor:
+def excess_bce(rebuilt, images):
     """BCE of grey values above their own entropy, which no model can get below: (N,), nats."""
     _check_pair(rebuilt, images)
     bce = F.binary_cross_entropy(rebuilt, images, reduction="none")
@@ -1312,7 +1245,7 @@ def excess_bce(rebuilt: Tensor, images: Tensor) -> Tensor:
     return sums[0] - sums[1]
 
 
-def window_error(rebuilt: Tensor, images: Tensor) -> Tensor:
+def window_error(rebuilt, images):
     """The largest difference in the ink of any 7x7 window, (N,), in pixels.
 
     Noise cancels there; a stroke does not.
@@ -1322,19 +1255,14 @@ def window_error(rebuilt: Tensor, images: Tensor) -> Tensor:
     return 49 * mean.abs().flatten(1).amax(1).cpu().double()
 
 
-def density_score(mixture: GaussianMixture, model: VAE, images: Tensor) -> Tensor:
-    """How improbable the codes mu of images are under a mixture: -log p(mu), (N,), nats.
-
-    Higher is more anomalous.
-    """
-    return -torch.from_numpy(mixture.score_samples(_codes(model, images)))
+def density_score(mixture, codes):
+    """How improbable codes (N, D) are under a mixture: -log p, (N,), nats; higher is stranger."""
+    return -torch.from_numpy(mixture.score_samples(codes.cpu().double().numpy()))
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def optimize_codes(
-    model: VAE, images: Tensor, steps: int = 50, learning_rate: float = 0.1
-) -> Tensor:
+def optimize_codes(model, images, steps=50, learning_rate=0.1):
     """The codes (N, D) that explain corrupted images best, by `steps` of Adam from mu.
 
     The encoder has seen clean digits only. Here an image is taken as a * (decoded image) + b +
@@ -1376,7 +1304,7 @@ def _energy(model, z, x):
     return energy
 
 
-def squared_error(images: Tensor, originals: Tensor) -> Tensor:
+def squared_error(images, originals):
     """Squared difference summed over the pixels of an image: (N,) on the CPU."""
     _check_pair(images, originals)
     return (images.cpu() - originals.cpu()).square().flatten(1).sum(1)
@@ -1385,7 +1313,7 @@ def squared_error(images: Tensor, originals: Tensor) -> Tensor:
 # ---------------------------------------- Own digit ----------------------------------------
 
 
-def read_digit(path: str | Path) -> Tensor:
+def read_digit(path):
     """Read a picture of one handwritten digit and make it an image like MNIST's.
 
     The picture may be a photograph of pen on paper, a scan or a drawing, dark on light or light
@@ -1509,13 +1437,8 @@ def _thicken(ink):
 COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petroff, 2021)
 
 
-def digits_grid(
-    rows: list[Tensor],
-    row_labels: list[str] | None = None,
-    column_labels: list[str] | None = None,
-    size: float = 0.75,
-) -> Figure:
-    """A labelled grid of digits: each row a tensor (N, 1, 28, 28); rows may differ in length.
+def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
+    """A labelled grid of digits: a list of rows (N, 1, 28, 28), which may differ in length.
 
     Images are drawn in grey from 0 to 1. A row with negative values, a difference, is drawn from -1
     in red to 1 in blue. NaN is drawn as nothing. `size` is that of a digit, in inches.
@@ -1582,6 +1505,6 @@ def _check_pair(images, originals):
 def _as_path(value, name):
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be the name of a file or folder, not {type(value).__name__}")
-    if str(value) == "" or "\0" in str(value):
+    if not str(value) or "\0" in str(value):
         raise ValueError(f"{name} must be the name of a file or folder, not {value!r}")
     return Path(os.path.expanduser(value))

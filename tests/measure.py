@@ -301,14 +301,14 @@ def mixture_of(model, data, seed, num_components=NUM_COMPONENTS):
 
 def candidate_scores(model, mixture, images):
     """The anomaly scores to choose from, by name, each (N,)."""
-    rebuilt = model.reconstruct(images).cpu()
+    codes, rebuilt = encode_and_decode(model, images)
     excess = utils.excess_bce(rebuilt, images)
     entropy = F.binary_cross_entropy(images, images, reduction="none").flatten(1).sum(1).double()
     scores = {
         "BCE of the decoded mean": excess + entropy,
         "excess BCE: the same less the image's entropy": excess,
         "largest window error": utils.window_error(rebuilt, images),
-        "density of the codes": utils.density_score(mixture, model, images),
+        "density of the codes": utils.density_score(mixture, codes),
         "reconstruction: `anomaly_score`": utils.reconstruction_score(rebuilt, images),
     }
     if model.variational:
@@ -460,7 +460,7 @@ def measure_images(data, model, seed):
 
     def enter_scores(name, images, codes, rebuilt):
         arrays["reconstruction"][name] = utils.reconstruction_score(rebuilt, images).numpy()
-        arrays["density"][name] = -mixture.score_samples(codes.double().numpy())
+        arrays["density"][name] = utils.density_score(mixture, codes).numpy()
 
     for name, (kind, level) in LEVELS.items():
         images = utils.corrupt(test, kind, level, seed)
