@@ -27,7 +27,6 @@ import os
 import platform
 import random
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -43,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy import ndimage
+from skimage.filters import difference_of_gaussians
 from skimage.measure import label, regionprops
 from skimage.morphology import reconstruction
 from sklearn.datasets import load_digits
@@ -535,12 +535,10 @@ def fit(
     average = _running_average(network, steps)
     state = _training_state(network, optimizer, average)
     best = copy.deepcopy(network)
-    kept = copy.deepcopy(network)  # what the model will hold if training stops early
     with _lock(path) if path else contextlib.nullcontext():
         history = _restore(path, resume, settings, best, state) if path else []
         saved = len(history)
-        if saved:
-            _copy_model(best, kept)
+        kept = copy.deepcopy(best)  # what the model will hold if training stops early
         try:
             with _progress_bar(epochs * steps, saved * steps) as bar:
                 for epoch in range(saved + 1, epochs + 1):
@@ -548,12 +546,14 @@ def fit(
                     train = _train_epoch(model, optimizer, average, images, settings, epoch, bar)
                     val = evaluate(average.module, val_images, num_samples=1, beta=beta)
                     _check_finite(val.loss, f"in the validation after epoch {epoch}")
-                    history.append(_history_row(epoch, train, val, settings, started))
+                    rate = learning_rate_at((epoch - 1) / epochs, learning_rate)
+                    history.append(_history_row(epoch, train, val, rate, started))
                     bar.write(_format_row(history[-1], epochs))
                     best.metadata = _describe(history, metadata, settings)
                     if best.metadata["epoch"] == epoch:
                         best.load_state_dict(average.module.state_dict())
-                    if path and _save_run(path, best, state, keep_previous=saved == 0):
+                    to_go_on = state if epoch < epochs else None
+                    if path and _save_run(path, best, to_go_on, keep_previous=saved == 0):
                         saved = epoch
                         _copy_model(best, kept)
         except BaseException as error:
@@ -645,8 +645,7 @@ def _adam(model):
     return optimizer
 
 
-def _history_row(epoch, train, val, settings, started):
-    progress = (epoch - 1) / settings["epochs"]
+def _history_row(epoch, train, val, learning_rate, started):
     return {
         "epoch": epoch,
         "train_loss": train.loss,
@@ -655,7 +654,7 @@ def _history_row(epoch, train, val, settings, started):
         "val_loss": val.loss,
         "val_bce": val.bce,
         "val_kl": val.kl,
-        "learning_rate": learning_rate_at(progress, settings["learning_rate"]),
+        "learning_rate": learning_rate,
         "seconds": time.perf_counter() - started,
     }
 
@@ -726,10 +725,8 @@ def _restore(path, resume, settings, best, state):
 
 def _save_run(path, best, state, keep_previous):
     """Save a run after an epoch; a disk that fails costs a warning, not the training."""
-    finished = len(best.metadata["history"]) == best.metadata["settings"]["epochs"]
     try:
-        content = _pack(best, best.metadata, None if finished else state)
-        _write(path, content, keep_previous)
+        _write(path, _pack(best, best.metadata, state), keep_previous)
         return True
     except CheckpointError as error:
         warnings.warn(
@@ -1118,7 +1115,7 @@ def _salt_and_pepper(x, share, generator):
 def _occlusion(x, side, generator):
     side = round(side)
     free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
-    first = (28 - max(side, 20)) // 2
+    first = min(4, (28 - side) // 2)
     corners = first + torch.randint(free + 1, (2, len(x), 1), generator=generator)
     x = x.clone()
     for image, top, left in zip(x, *corners, strict=True):
@@ -1324,112 +1321,90 @@ def read_digit(path):
     """
     path = _as_path(path, "path")
     grey = _grey(path)
-    ink = _ink(grey, least=0.1)
-    if not ink.any():  # a tight crop: paper around it frees the digit from the border
-        ink = _ink(np.pad(grey, 4, constant_values=np.median(grey[[0, -1]])), least=0.35)
+    ink = _ink(grey)
+    if ink.max() < 0.18:  # perhaps a tight crop: paper around it frees the digit from the border
+        ink = _ink(np.pad(grey, 4))
+        ink *= ink.max() > 0.35  # shadows are freed, too, but they are fainter
     _check_one_digit(ink > 0, path.name)
-    ink = _thicken((ink / _level(ink)).clip(0, 1))
-    return _like_mnist(torch.tensor(ink, dtype=torch.float32), contrast=1)[None]
+    return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
 
 
 def _grey(path):
-    """The grey values of a picture in even light, (h, w), its longer side 280 pixels."""
+    """The grey values of a picture in even light, (h, w), its longer side 280 pixels, paper 0."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
         with Image.open(path) as picture:
-            picture.thumbnail((560, 560), Image.Resampling.BOX)
             picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # whatever Pillow stumbles over
         reason = str(error).replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
     if picture.mode[0] in "IF":  # 16 or 32 bits
         values = np.asarray(picture, float)
-        picture = Image.fromarray(np.uint8(255 * values / values.max().clip(1e-9)))
+        picture = Image.fromarray(255 * values / values.max().clip(1e-9))
     picture = ImageOps.contain(picture.convert("LA"), (280, 280))
-    grey, alpha = np.moveaxis(np.asarray(picture) / 255, 2, 0)
-    ground = np.average(grey, weights=alpha + 1e-9) < 0.5  # what the ink is not
+    grey, alpha = np.asarray(picture).T / 255  # (w, h) each
+    ground = np.sum(alpha * (grey - 0.5)) < 0  # what the ink is not
     grey = ground + alpha * (grey - ground)
-    for rows in (grey, grey.T):  # light that falls off steadily is levelled, in place
-        if len(rows) > 20:
-            rows -= np.median(rows[20:] - rows[:-20]) / 20 * np.arange(len(rows))[:, None]
-    return grey
+    # Without the noise of single pixels and without light that varies slowly.
+    grey = difference_of_gaussians(grey.T, 1, 80, mode="reflect")
+    return grey - np.median(grey[[0, -1]])  # the paper is what most of the border is
 
 
-def _ink(grey, least):
-    """Dark or light ink, (h, w) in [0, 1]: the clearer one, or else the one that reaches further.
-
-    Strokes enclose their holes, never the other way round.
-    """
-    found = _dark_ink(grey, least), _dark_ink(-grey, least)
-    return max(found, key=lambda ink: _side(ink) * ink.max() ** 2)
+def _ink(grey):
+    """Dark or light ink, (h, w): the one that shows more clearly in more rows."""
+    found = _dark_ink(grey), _dark_ink(-grey)
+    return max(found, key=lambda ink: ink.max(1).sum())
 
 
-def _dark_ink(grey, least):
-    """Strokes darker than the paper by `least` or more, and by how much, (h, w).
+def _dark_ink(grey):
+    """How much darker strokes are than the paper around them, (h, w); 0 if there are none.
 
     The picture is a landscape whose hollows are filled up to where they would run over into the
     border. Shadows, tables, lines on the paper and fading light reach the border: they stay dry.
     """
-    soft = ndimage.gaussian_filter(grey, 1)
-    inside = np.pad(np.full_like(soft[2:, 2:], 9), 1, constant_values=-9)  # beyond any grey
-    ink = reconstruction(np.maximum(soft, inside), soft, method="erosion") - grey
-    stroke = _pieces(ndimage.gaussian_filter(ink, 1) > 0.3 * _level(ink))
-    ink = ink.clip(0.001) * stroke
-    # An area is no stroke. Where ink is as light as the border, it is a hole in tight strokes.
-    is_area = _width(stroke) > 0.4 * _side(stroke)
-    is_hole = np.median(grey[[0, -1]]) < np.average(grey, weights=stroke + 1e-9)
-    return ink * (_level(ink) > least and not is_area and not is_hole)
+    flood = grey.copy()
+    flood[1:-1, 1:-1] = 9  # beyond any grey
+    ink = reconstruction(flood, grey, method="erosion") - grey
+    ink *= _strokes(ink > 0.3 * ink.max())
+    # What is no darker than the border is a hole in tight strokes.
+    return ink * (np.sum(ink * grey) < 0)
 
 
-def _pieces(stroke):
-    """The strokes, (h, w) bool, without specks and frames."""
-    pieces = label(stroke)
-    for piece in regionprops(pieces):
-        is_box = piece.area_filled > 0.9 * piece.area_bbox
-        is_hollow = piece.area < 0.3 * piece.area_bbox
-        if (is_box and is_hollow) or piece.area < 0.05 * stroke.sum():
-            stroke[pieces == piece.label] = False
-    return stroke
-
-
-def _level(ink):
-    """The level of a stroke's inside."""
-    return np.median(ink[ink >= 0.5 * ink.max()])
-
-
-def _side(ink):
-    """The longer side of the ink's bounding box in pixels, 0 without ink."""
-    if not ink.any():
-        return 0
-    return max(np.ptp(where) + 1 for where in ink.nonzero())
-
-
-def _width(stroke):
-    """The mean width of strokes in pixels."""
-    # The distance to the edge averages a quarter of the width, and half a pixel.
-    return 4 * ndimage.distance_transform_edt(stroke).sum() / stroke.sum().clip(1) - 2
+def _strokes(ink):
+    """The pieces of ink, (h, w) bool, without specks, areas and frames."""
+    pieces = label(ink)
+    # The distance to the edge averages a quarter of a stroke's width.
+    for piece in regionprops(pieces, ndimage.distance_transform_edt(ink)):
+        is_speck = piece.area < 0.05 * ink.sum()
+        is_area = piece.intensity_mean > 0.09 * max(piece.image.shape)
+        is_frame = piece.area_filled - piece.area > 0.8 * piece.area_bbox
+        if is_speck or is_area or is_frame:
+            pieces[piece.slice] *= ~piece.image
+    return pieces > 0
 
 
 def _check_one_digit(stroke, name):
     """ValueError unless the strokes, (h, w) bool, can be one digit's."""
-    pieces = label(stroke)
-    heights = np.array([piece.image.shape[0] for piece in regionprops(pieces)])
-    if not 0 < len(heights) < 5 or _side(stroke) < 17:  # a dot is smaller
-        hint = "write one digit large on paper without lines or squares"
-        raise ValueError(f"{name} shows {len(heights)} piece(s) of ink, not one digit: {hint}")
-    tall = 1 + np.flatnonzero(heights > 0.6 * heights.max())
-    digits = label(np.isin(pieces, tall).any(0)).max()  # a broken digit has one tall piece
-    if digits > 1:
-        raise ValueError(f"{name} shows {digits} digits side by side; it must show one")
+    columns = label(stroke.any(0)) * stroke  # pieces above each other are one digit's
+    heights = np.array([piece.image.shape[0] for piece in regionprops(columns)])
+    digits = np.sum(heights > 0.6 * heights.max(initial=0))  # smaller ones are parts
+    pieces = label(stroke).max()
+    if digits != 1 or pieces > 4:
+        raise ValueError(
+            f"{name} shows {digits} digits side by side ({pieces} pieces of ink), not one digit: "
+            "write one large, on paper without lines or squares"
+        )
 
 
 def _thicken(ink):
-    """The ink, (h, w), its strokes thickened if they are thinner than 99 % of MNIST's digits."""
-    missing = 0.1 * _side(ink) - _width(ink > 0)
-    if missing < 0.021 * _side(ink):  # MNIST's 1 % quantile is a width of 0.079 of the side
-        return ink
-    return (1 + missing / 2 - ndimage.distance_transform_edt(ink == 0)).clip(0, 1)
+    """Ink whose strokes' median is 1, (h, w), and at least as wide as MNIST's thin ones."""
+    distance = ndimage.distance_transform_edt(ink)
+    # The distance to the edge averages a quarter of the width, and half a pixel.
+    width = 4 * distance[ink > 0].mean() - 2
+    missing = 0.09 * np.sum(ink.any(1)) - width
+    full = np.median(ink[ink > 0])
+    return ndimage.maximum_filter(ink / full, max(1, round(1 + missing)))
 
 
 # ---------------------------------------- Figures ----------------------------------------
@@ -1450,7 +1425,7 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
     figure, ax = plt.subplots(figsize=figsize, layout="constrained")
     for i, row in enumerate(rows):
         framed = F.pad(row[:, 0].cpu(), (1, 1, 1, 1), value=math.nan)
-        strip = torch.cat(list(framed), dim=1)  # (N, 30, 30) -> (30, 30 N)
+        strip = torch.hstack(list(framed))  # (N, 30, 30) -> (30, 30 N)
         cmap, lowest = ("RdBu", -1) if (row < 0).any() else ("gray", 0)
         place = (0, len(row), i + 1, i)  # left, right, bottom, top
         ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
@@ -1473,7 +1448,7 @@ def _integer(value, name, low, high=None):
     return int(value)
 
 
-def _number(value, name, low, high=sys.float_info.max):
+def _number(value, name, low, high=1e300):
     """The value as a plain float; TypeError or ValueError, by name, if it is none in the range."""
     check_scalar(value, name, Real, min_val=low, max_val=high)
     if isinstance(value, bool) or math.isnan(value):  # NaN compares with nothing
