@@ -3,7 +3,7 @@
 Everything that the two notebooks share, in the order in which data flows: data, model, loss,
 training, checkpoints, evaluation, robustness and anomalies, one's own digit, figures. The checks
 of arguments stand at the end.
-It follows Kingma & Welling, "Auto-Encoding Variational Bayes" (2013,
+The model follows Kingma & Welling, "Auto-Encoding Variational Bayes" (2013,
 https://arxiv.org/abs/1312.6114).
 
     x (B, 1, 28, 28) --Encoder--> mu, logvar (B, D) --reparameterize--> z (B, D)
@@ -11,7 +11,7 @@ https://arxiv.org/abs/1312.6114).
 
 One convention holds everywhere: a loss is summed over the pixels or latent dimensions of an image
 and averaged over images, in nats per image. `loss` is BCE + beta * KL on a sampled z; with
-beta = 1 it is the negative evidence lower bound, -ELBO. A picture shows the decoded mean.
+beta = 1 it is the negative evidence lower bound, -ELBO. Figures show the decoded mean.
 
 `vae_mnist_training.ipynb` needs the first half, from the data to the checkpoints, `evaluate` and
 the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.
@@ -124,7 +124,7 @@ def load_images(source="auto", root="data", val_size=5000, seed=0):
     `val_size` of the training images (at most 180 of the digits) are held out, chosen by `seed`;
     the test images never change.
     Raises TypeError or ValueError for a bad argument, ValueError for a damaged file, and
-    FileNotFoundError where MNIST cannot be had.
+    FileNotFoundError if `source` is "mnist" and MNIST cannot be had.
     """
     if source not in ("auto", "mnist", "digits"):
         raise ValueError(f'source must be "auto", "mnist" or "digits", not {source!r}')
@@ -194,7 +194,7 @@ def _download_mnist(root, raw):
             MNIST(root, download=True)
     except Exception as error:  # whatever the network does, the reason is told
         for folder in (raw, raw.parent, root):
-            with contextlib.suppress(OSError):  # there is something in it
+            with contextlib.suppress(OSError):  # a folder with content stays
                 folder.rmdir()
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
@@ -218,12 +218,15 @@ def _digits(val_size, seed):
 
 
 def _like_mnist(ink, contrast):
-    """Scale the ink's box to 20 pixels, its centre of mass in the middle: (h, w) -> (1, 28, 28)."""
+    """Scale the ink's longer side to 20 pixels, its centre of mass in the middle.
+
+    (h, w) in [0, 1] -> (1, 28, 28). `contrast` 1 keeps the greys; more makes edges steeper.
+    """
     box = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
     scale = 20 / max(box.shape)
     height, width = (max(1, round(side * scale)) for side in box.shape)
     ink = F.interpolate(box[None, None], size=(height, width), mode="bicubic", antialias=True)[0, 0]
-    ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)  # strokes as crisp as MNIST's
+    ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
     row, column = ndimage.center_of_mass(ink.numpy())
     top = min(max(round(14 - row), 0), 28 - height)
     left = min(max(round(14 - column), 0), 28 - width)
@@ -345,8 +348,11 @@ class VAE(nn.Module):
         return super().to(memory_format=layout)
 
     def encode(self, x):
-        """Images (B, 1, 28, 28) on the model's device -> mu, logvar, each (B, D)."""
-        _check_images(x, check_values=False)
+        """Images (B, 1, 28, 28) on the model's device -> mu, logvar, each (B, D).
+
+        logvar is None for a plain autoencoder.
+        """
+        _check_images(x, check_values=False)  # callers check values once, not in every batch
         mu, logvar = self.encoder(x)
         return mu, (logvar if self.variational else None)
 
@@ -355,13 +361,19 @@ class VAE(nn.Module):
         return self.decoder(z)
 
     def forward(self, x, generator=None):
-        """Images (B, 1, 28, 28) -> logits of one sampled z, mu, logvar."""
+        """Images (B, 1, 28, 28) -> logits (B, 1, 28, 28) of one sampled z, mu, logvar.
+
+        `generator`, a torch.Generator or None, draws the noise.
+        """
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, generator) if self.variational else mu
         return self.decode(z), mu, logvar
 
     def reconstruct(self, x):
-        """Images -> the decoded means of their posteriors: no sampling, and as in eval mode."""
+        """Images (N, 1, 28, 28) -> the decoded means of their posteriors, of the same shape.
+
+        Nothing is sampled; in batches, as in eval mode, on the model's device.
+        """
         mu, _ = posterior(self, x)
         return self.draw(mu)
 
@@ -376,7 +388,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def draw(self, z):
-        """Codes (N, D) -> their images (N, 1, 28, 28) in [0, 1]; in batches, as in eval mode."""
+        """Codes (N, D), a tensor or NumPy array -> images (N, 1, 28, 28) in [0, 1].
+
+        In batches, as in eval mode, on the model's device.
+        """
         z = torch.as_tensor(z, dtype=torch.float32, device=_device(self))
         shape = tuple(z.shape)
         if shape[1:] != (self.latent_dim,) or shape[0] == 0:
@@ -404,7 +419,10 @@ def _evaluating(model):
 
 
 class Loss(NamedTuple):
-    """loss = bce + beta * kl, in nats per image; with beta = 1 it is -ELBO."""
+    """loss = bce + beta * kl, in nats per image; with beta = 1 it is -ELBO.
+
+    Scalar tensors, or one value per image (N,), or plain numbers: see who returns it.
+    """
 
     loss: Tensor
     bce: Tensor
@@ -458,7 +476,7 @@ MAX_EPOCHS = 4000  # the history of more would not fit into a checkpoint
 
 
 def learning_rate_at(progress, learning_rate):
-    """Adam's rate once the share `progress` of a run is done.
+    """Adam's rate once the share `progress`, 0 to 1, of a run is done.
 
     It doubles over the first tenth and then falls to zero in a straight line, which beats the
     usual cosine (Defazio et al., 2023) here, too.
@@ -530,14 +548,14 @@ def fit(
     path = None if checkpoint is None else _path_to_write(checkpoint, "checkpoint")
 
     images = train_images.to(_device(network))
-    steps = math.ceil(len(images) / batch_size)  # of an epoch
+    steps = math.ceil(len(images) / batch_size)  # in an epoch
     optimizer = _adam(network)
     average = _running_average(network, steps)
     state = _training_state(network, optimizer, average)
     best = copy.deepcopy(network)
     with _lock(path) if path else contextlib.nullcontext():
         history = _restore(path, resume, settings, best, state) if path else []
-        saved = len(history)
+        saved = len(history)  # epochs that are on disk
         kept = copy.deepcopy(best)  # what the model will hold if training stops early
         try:
             with _progress_bar(epochs * steps, saved * steps) as bar:
@@ -552,19 +570,19 @@ def fit(
                     best.metadata = _describe(history, metadata, settings)
                     if best.metadata["epoch"] == epoch:
                         best.load_state_dict(average.module.state_dict())
-                    to_go_on = state if epoch < epochs else None
-                    if path and _save_run(path, best, to_go_on, keep_previous=saved == 0):
+                    unfinished = state if epoch < epochs else None
+                    if path and _save_run(path, best, unfinished, keep_previous=saved == 0):
                         saved = epoch
                         _copy_model(best, kept)
         except BaseException as error:
             _copy_model(kept, network)
             network.zero_grad()
-            says = f"{path} keeps the run up to epoch {saved}; run again to go on."
-            if not saved:
-                says = "Nothing of this run is kept: none of its epochs was saved."
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"Stopped. {says}") from None
-            raise
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            message = "Stopped. Nothing of this run is kept: none of its epochs was saved."
+            if saved:
+                message = f"Stopped. {path} keeps the run up to epoch {saved}; run again to go on."
+            raise KeyboardInterrupt(message) from None
     _copy_model(best, network)
     network.eval()
     return history
@@ -577,11 +595,11 @@ def _copy_model(source, target):
 
 def _train_epoch(model, optimizer, average, images, settings, epoch, bar):
     """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
-    seed = settings["seed"] * 100_003 + epoch
+    seed = settings["seed"] * 100_003 + epoch  # another one for every seed and epoch
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order.to(images.device).split(settings["batch_size"])
-    losses = []  # read once, after the last step
+    losses = []  # moved to the CPU once, after the last step
     model.train()
     for step, rows in enumerate(batches):
         progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
@@ -608,8 +626,8 @@ def _train_epoch(model, optimizer, average, images, settings, epoch, bar):
 def _running_average(model, steps):
     """An exponential moving average of the weights over about a tenth of an epoch of `steps`.
 
-    It filters out the noise of single steps (Polyak & Juditsky, 1992): early in a run it is nats
-    better than the weights themselves, and at the end, where the rate is zero, the same.
+    It filters out the noise of single steps (Polyak & Juditsky, 1992). Early in a run its loss is
+    nats lower than that of the weights; at the end, where the rate is zero, the two agree.
     """
     weight = min(1.0, 10 * _averaging_interval(steps) / steps)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - weight), use_buffers=True)
@@ -679,7 +697,7 @@ def _progress_bar(steps, steps_done):
 
 
 def _training_state(model, optimizer, average):
-    """The live tensors that it takes to go on, by name: to be saved, and to be restored into."""
+    """The live tensors that it takes to go on, by name: saved, and overwritten on a restart."""
     modules = nn.ModuleDict({"weights": model, "average": average})
     state = modules.state_dict(prefix=TRAINING_STATE)
     for name, p in model.named_parameters():
@@ -689,16 +707,17 @@ def _training_state(model, optimizer, average):
 
 
 def _restore(path, resume, settings, best, state):
-    """Go on from the file of this very run, if it is there; return its history, else [].
+    """Continue the run stored at `path`: fill settings, best and state, and return its history.
 
-    CheckpointError for a file that this project did not write: no run replaces it.
+    Return [] and change nothing if there is no file, or that of another run. CheckpointError for a
+    file that this project did not write, or whose training state does not fit.
     """
     if not os.path.lexists(path):
         return []
     found, found_state = _unpack(_read(path), path)
     sought = dict(settings)
     if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
-        # The model holds the best epoch that an interrupt left: it may go on with the run, too.
+        # After an interrupt the model holds the weights of this file; the same call continues.
         sought["initial_weights"] = found.metadata["settings"]["initial_weights"]
     if not resume or found.metadata.get("settings") != sought:
         return []
@@ -724,7 +743,7 @@ def _restore(path, resume, settings, best, state):
 
 
 def _save_run(path, best, state, keep_previous):
-    """Save a run after an epoch; a disk that fails costs a warning, not the training."""
+    """Save a run after an epoch and return whether that worked; a failure costs a warning."""
     try:
         _write(path, _pack(best, best.metadata, state), keep_previous)
         return True
@@ -778,26 +797,32 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval()
 
 
-def checkpoint_path(folder, data, autoencoder=False, left_out=None, which="best"):
-    """Where the notebooks keep a model: "best" is one's own, "reference" comes with the clone."""
+def checkpoint_path(folder, data_name, autoencoder=False, left_out=None, which="best"):
+    """Where the notebooks keep a model of the data of that name, "mnist" or "digits".
+
+    `left_out` is a digit that the model never saw, or None. `which` is "best" for one's own, or
+    "reference" for what comes with the clone.
+    """
     check_scalar(autoencoder, "autoencoder", bool)
     kind = "ae" if autoencoder else "vae"
     without = "" if left_out is None else f"_without{left_out}"
-    return _as_path(folder, "folder") / f"{kind}_{data}{without}_{which}.safetensors"
+    return _as_path(folder, "folder") / f"{kind}_{data_name}{without}_{which}.safetensors"
 
 
-def load_best(folder, data, autoencoder=False, device="cpu"):
-    """One's own best model of these data where there is one, else the reference; says which.
+def load_best(folder, data_name, autoencoder=False, device="cpu"):
+    """One's own best model of the data of that name, else the reference; says which.
 
     Raises FileNotFoundError if there is neither, CheckpointError for an unfit file.
     """
-    own = checkpoint_path(folder, data, autoencoder)
-    reference = checkpoint_path(folder, data, autoencoder, which="reference")
-    path = own if os.path.lexists(own) or not reference.exists() else reference
+    own = checkpoint_path(folder, data_name, autoencoder)
+    reference = checkpoint_path(folder, data_name, autoencoder, which="reference")
+    path = reference if reference.exists() and not os.path.lexists(own) else own
     model = load_checkpoint(path, device)
     known = model.metadata
-    if known.get("data") != data:
-        raise CheckpointError(f"{path} is not a model of {data}, which is loaded: move it away")
+    if known.get("data") != data_name:
+        raise CheckpointError(
+            f"{path} is not a model of {data_name}, which is loaded: move it away"
+        )
     whose = "your own" if path == own else "the reference"
     loss = known.get("val_loss", math.nan)
     print(f"{path}: {whose}, epoch {known.get('epoch')}, validation loss {loss:.2f} nats")
@@ -951,9 +976,10 @@ def _free_name(path):
 
 @contextlib.contextmanager
 def _lock(path, timeout=0):
-    """Hold `path` for one process; the system frees the lock of a killed one.
+    """Let one process at a time use `path`; the system frees the lock of a killed one.
 
-    CheckpointError, before any work, if another process holds it or its folder is not writable.
+    Waits for `timeout` seconds, without end for -1. CheckpointError if another process still holds
+    it, or if its folder is not writable.
     """
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
     try:
@@ -1000,7 +1026,7 @@ def _bce_of_codes(model, z, images):
 
 
 def loss_per_image(model, images, num_samples=10, seed=0):
-    """-ELBO, BCE and KL of every image in nats, each (N,): means over `num_samples` sampled z.
+    """A `Loss` of every image in nats, each (N,) float64: means over `num_samples` sampled z.
 
     The noise is drawn for all images at once from `seed`, so that batches make no difference.
     """
@@ -1021,7 +1047,7 @@ def loss_per_image(model, images, num_samples=10, seed=0):
 
 
 def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
-    """BCE + beta * KL, BCE and KL over a data set in nats per image, every image weighted the same.
+    """The `Loss` over a data set, plain numbers in nats per image; every image weighs the same.
 
     See `loss_per_image`.
     """
@@ -1034,7 +1060,7 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
 
 @torch.no_grad()
 def log_likelihood(model, images, num_samples=500, seed=0):
-    """log p(x) of every image in nats, (N,): importance sampling with q(z|x) as the proposal.
+    """log p(x) of every image in nats, (N,) float64: importance sampling from q(z|x).
 
     log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)], a lower bound that tightens as
     K = `num_samples` grows (Burda et al., "Importance Weighted Autoencoders", 2015); with K = 1 it
@@ -1059,7 +1085,7 @@ def log_likelihood(model, images, num_samples=500, seed=0):
 
 
 def active_units(mu, threshold=0.01):
-    """Which latent dimensions are in use, (N, D) -> (D,): those whose mean varies over the images.
+    """Which latent dimensions are in use, (N, D) -> (D,) bool: those whose mean varies.
 
     The definition and the threshold are those of Burda et al. (2015).
     """
@@ -1085,11 +1111,11 @@ def interpolate(start, end, steps):
 
 
 def fit_mixture(model, images, num_components=50, seed=0):
-    """A mixture of Gaussians over the codes mu of images: a density on codes, after training.
+    """A GaussianMixture fitted to the codes mu of images (N, 1, 28, 28), after training.
 
-    Its samples, decoded, look better than those of the prior, and it gives a plain autoencoder a
-    density, too (Ghosh et al., "From Variational to Deterministic Autoencoders", 2020).
-    scikit-learn's `sample` and `score_samples` do the rest.
+    It is a density on codes: scikit-learn's `sample` and `density_score` use it. Its samples,
+    decoded, look better than those of the prior, and it gives a plain autoencoder a density, too
+    (Ghosh et al., "From Variational to Deterministic Autoencoders", 2020).
     """
     _check_images(images)
     _integer(num_components, "num_components", 1, len(images))
@@ -1140,7 +1166,10 @@ def _rotation(x, degrees, generator):
 
 
 class Corruption(NamedTuple):
-    """apply(images, level, generator); the level's unit, its largest value, four mild to severe."""
+    """`apply(images, level, generator)` returns corrupted images.
+
+    `unit` and `largest` describe the level; `levels` are four, from mild to severe.
+    """
 
     apply: Callable
     unit: str
@@ -1192,7 +1221,7 @@ def _thinner(x, seed):
     return 1 - F.max_pool2d(ground, 2, stride=1)
 
 
-# What is no digit, or no longer quite one: functions of digits (N, 1, 28, 28) and a seed. The
+# Functions of digits (N, 1, 28, 28) and a seed that return what is no digit, or a spoiled one. The
 # anomaly score was chosen on the first seven alone.
 ANOMALIES = {
     "mirrored": lambda x, seed: x.flip(3),
@@ -1213,17 +1242,19 @@ ANOMALIES = {
 
 
 def anomaly_score(model, images):
-    """How badly the model reconstructs an image, (N,) on the CPU: higher is more anomalous."""
+    """How badly the model reconstructs images (N, 1, 28, 28): (N,) on the CPU.
+
+    Higher is more anomalous.
+    """
     return reconstruction_score(model.reconstruct(images), images)
 
 
 def reconstruction_score(rebuilt, images):
-    """`anomaly_score` of images whose reconstructions are at hand, both (N, 1, 28, 28).
+    """`anomaly_score` of images for given reconstructions, both (N, 1, 28, 28).
 
-    The geometric mean of `excess_bce`, `window_error` and `window_error` once more, over the sixth
-    root of all the image's ink (plus 1), because the same error weighs more where there is less to
-    reconstruct. It was the best of those that `python tests/measure.py scores` compares on
-    validation images.
+    (excess_bce * window_error^2)^(1/3) / (1 + ink)^(1/6), ink being the sum of the image's pixels:
+    the same error weighs more where there is less to reconstruct. It was the best of the scores
+    that `python tests/measure.py scores` compares on validation images.
     """
     rebuilt = rebuilt.cpu()
     images = images.cpu()
@@ -1237,7 +1268,7 @@ def excess_bce(rebuilt, images):
     """BCE of grey values above their own entropy, which no model can get below: (N,), nats."""
     _check_pair(rebuilt, images)
     bce = F.binary_cross_entropy(rebuilt, images, reduction="none")
-    entropy = F.binary_cross_entropy(images, images, reduction="none")
+    entropy = F.binary_cross_entropy(images, images, reduction="none")  # an image's own
     sums = [values.flatten(1).sum(1).cpu().double() for values in (bce, entropy)]
     return sums[0] - sums[1]
 
@@ -1253,14 +1284,17 @@ def window_error(rebuilt, images):
 
 
 def density_score(mixture, codes):
-    """How improbable codes (N, D) are under a mixture: -log p, (N,), nats; higher is stranger."""
+    """How improbable codes (N, D) are under a mixture of `fit_mixture`: -log p, (N,), nats.
+
+    Higher is more anomalous.
+    """
     return -torch.from_numpy(mixture.score_samples(codes.cpu().double().numpy()))
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def optimize_codes(model, images, steps=50, learning_rate=0.1):
-    """The codes (N, D) that explain corrupted images best, by `steps` of Adam from mu.
+    """The codes (N, D) that explain corrupted images best, by `steps` steps of Adam from mu.
 
     The encoder has seen clean digits only. Here an image is taken as a * (decoded image) + b +
     Gaussian noise, with a contrast a, a brightness b and a noise level that nobody knows. With
@@ -1302,7 +1336,7 @@ def _energy(model, z, x):
 
 
 def squared_error(images, originals):
-    """Squared difference summed over the pixels of an image: (N,) on the CPU."""
+    """Squared difference summed over the pixels of an image: (N,) float32 on the CPU."""
     _check_pair(images, originals)
     return (images.cpu() - originals.cpu()).square().flatten(1).sum(1)
 
@@ -1322,9 +1356,9 @@ def read_digit(path):
     path = _as_path(path, "path")
     grey = _grey(path)
     ink = _ink(grey)
-    if ink.max() < 0.18:  # perhaps a tight crop: paper around it frees the digit from the border
-        ink = _ink(np.pad(grey, 4))
-        ink *= ink.max() > 0.35  # shadows are freed, too, but they are fainter
+    if ink.max() < 0.18:  # too faint: perhaps a tight crop, whose strokes touch the border
+        ink = _ink(np.pad(grey, 4))  # with paper around it
+        ink *= ink.max() > 0.35  # a shadow is found then, too, but it is fainter than ink
     _check_one_digit(ink > 0, path.name)
     return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
 
@@ -1343,12 +1377,12 @@ def _grey(path):
         values = np.asarray(picture, float)
         picture = Image.fromarray(255 * values / values.max().clip(1e-9))
     picture = ImageOps.contain(picture.convert("LA"), (280, 280))
-    grey, alpha = np.asarray(picture).T / 255  # (w, h) each
-    ground = np.sum(alpha * (grey - 0.5)) < 0  # what the ink is not
+    grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
+    ground = np.sum(alpha * (grey - 0.5)) < 0  # white under dark ink, else black
     grey = ground + alpha * (grey - ground)
-    # Without the noise of single pixels and without light that varies slowly.
-    grey = difference_of_gaussians(grey.T, 1, 80, mode="reflect")
-    return grey - np.median(grey[[0, -1]])  # the paper is what most of the border is
+    # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
+    grey = difference_of_gaussians(grey, 1, 80, mode="reflect")
+    return grey - np.median(grey[[0, -1]])  # paper: the median of the top and bottom rows
 
 
 def _ink(grey):
@@ -1358,23 +1392,25 @@ def _ink(grey):
 
 
 def _dark_ink(grey):
-    """How much darker strokes are than the paper around them, (h, w); 0 if there are none.
+    """How much darker strokes are than what surrounds them, (h, w); 0 elsewhere.
 
-    The picture is a landscape whose hollows are filled up to where they would run over into the
-    border. Shadows, tables, lines on the paper and fading light reach the border: they stay dry.
+    The picture is taken for a landscape. Its hollows are filled up to where they would run over
+    into the border (morphological reconstruction). Shadows, tables, lines on the paper and fading
+    light reach the border and are not filled.
     """
     flood = grey.copy()
     flood[1:-1, 1:-1] = 9  # beyond any grey
     ink = reconstruction(flood, grey, method="erosion") - grey
     ink *= _strokes(ink > 0.3 * ink.max())
-    # What is no darker than the border is a hole in tight strokes.
+    # Ink that is no darker than the paper, 0, is a hole that strokes enclose.
     return ink * (np.sum(ink * grey) < 0)
 
 
 def _strokes(ink):
     """The pieces of ink, (h, w) bool, without specks, areas and frames."""
     pieces = label(ink)
-    # The distance to the edge averages a quarter of a stroke's width.
+    # The distance to the edge averages a quarter of a stroke's width: an area is wider than 0.36
+    # of its length.
     for piece in regionprops(pieces, ndimage.distance_transform_edt(ink)):
         is_speck = piece.area < 0.05 * ink.sum()
         is_area = piece.intensity_mean > 0.09 * max(piece.image.shape)
@@ -1398,11 +1434,11 @@ def _check_one_digit(stroke, name):
 
 
 def _thicken(ink):
-    """Ink whose strokes' median is 1, (h, w), and at least as wide as MNIST's thin ones."""
+    """The ink over its median, (h, w), its strokes widened to at least MNIST's thin ones."""
     distance = ndimage.distance_transform_edt(ink)
     # The distance to the edge averages a quarter of the width, and half a pixel.
     width = 4 * distance[ink > 0].mean() - 2
-    missing = 0.09 * np.sum(ink.any(1)) - width
+    missing = 0.09 * np.sum(ink.any(1)) - width  # MNIST's thin strokes: 9 % of the height
     full = np.median(ink[ink > 0])
     return ndimage.maximum_filter(ink / full, max(1, round(1 + missing)))
 
@@ -1441,15 +1477,15 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
 
 
 def _integer(value, name, low, high=None):
-    """The value as a plain int; TypeError or ValueError, by name, if it is none in the range."""
+    """The value as a plain int; TypeError or ValueError unless it is an integer in [low, high]."""
     check_scalar(value, name, Integral, min_val=low, max_val=high)
     if isinstance(value, bool):  # which Python counts among the integers
         raise TypeError(f"{name} must be an integer, not {value}")
     return int(value)
 
 
-def _number(value, name, low, high=1e300):
-    """The value as a plain float; TypeError or ValueError, by name, if it is none in the range."""
+def _number(value, name, low, high=1e300):  # which keeps infinity out
+    """The value as a plain float; TypeError or ValueError unless it is a number in [low, high]."""
     check_scalar(value, name, Real, min_val=low, max_val=high)
     if isinstance(value, bool) or math.isnan(value):  # NaN compares with nothing
         raise ValueError(f"{name} must be a number, not {value}")
@@ -1457,9 +1493,9 @@ def _number(value, name, low, high=1e300):
 
 
 def _check_images(images, name="images", check_values=True):
-    kind = images.dtype if isinstance(images, Tensor) else type(images)
-    if kind != torch.float32:
-        raise TypeError(f"{name} must be a torch.Tensor of float32, not of {kind}")
+    dtype = images.dtype if isinstance(images, Tensor) else type(images)
+    if dtype != torch.float32:
+        raise TypeError(f"{name} must be a torch.Tensor of float32, not of {dtype}")
     shape = tuple(images.shape)
     if shape[1:] != (1, 28, 28) or shape[0] == 0:
         raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
