@@ -154,7 +154,7 @@ def test_set(m):
             errors_of_seeds = per_seed(m, section, "vae", f"{key}, standard error")
             over_images = f"{max(errors_of_seeds):.{digits}f}"
         rows.append([text, spread(values, digits), each, over_images])
-    columns = ["nats per image", "mean ± spread over seeds", "seeds 0, 1, 2"]
+    columns = ["nats per image", "mean ± spread over seeds", "by seed, from 0"]
     return pd.DataFrame(rows, columns=[*columns, "standard error over images"])
 
 
@@ -238,7 +238,9 @@ def level_counts(comparison, which):
         for level, figures in comparison.items()
         if level != "clean" and figures["standing"] == which
     ]
-    significant = [one for one in chosen if one["welch p"] is not None and one["welch p"] < 0.05]
+    if any(one["welch p"] is None for one in chosen):  # of a single seed
+        return f"{len(chosen)} (–)"
+    significant = [one for one in chosen if one["welch p"] < 0.05]
     return f"{len(chosen)} ({len(significant)})"
 
 
