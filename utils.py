@@ -1428,8 +1428,8 @@ def _check_one_digit(stroke, name):
     pieces = label(stroke).max()
     if digits != 1 or pieces > 4:
         raise ValueError(
-            f"{name} shows {digits} digits side by side ({pieces} pieces of ink), not one digit: "
-            "write one large, on paper without lines or squares"
+            f"{name} does not show one digit: it has {pieces} pieces of ink, as of {digits} digits "
+            "side by side. Write one, large, on paper without lines or squares."
         )
 
 

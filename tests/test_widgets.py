@@ -153,8 +153,8 @@ def test_a_file_that_is_no_picture_is_named_as_its_owner_calls_it(page, name):
 def test_the_verdict_of_a_model_of_small_digits_says_so(page, digits):
     noise = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     said = page["verdict_on"](noise)
-    assert "flagged" in said and "small, blurred digits" in said
-    assert "taken for a digit" in page["verdict_on"](digits.train.images[:1])
+    assert "Flagged" in said and "small, blurred digits" in said
+    assert "Taken for a digit" in page["verdict_on"](digits.train.images[:1])
 
 
 def test_a_page_without_a_live_kernel_makes_no_widget():
