@@ -425,7 +425,7 @@ def results(m):
     levels = ["clean", "noise 0.3", "occlusion 12", "blur 1.5", "rotation 20"]
     table = errors(m, names, "error", levels)
     table = table.rename(columns={"squared error ↓": ""})
-    table[""] = "squared error ↓, " + table[""]
+    table[""] = "error ↓, " + table[""]
     areas = anomalies(m, "reconstruction", measured(m)).rename(columns={"AUROC ↑": ""})
     areas = areas[areas[""].isin(["mirrored", "letters"])]
     areas = areas.assign(**{"": "AUROC ↑, " + areas[""], NAMES["nothing"]: ""})
@@ -547,7 +547,7 @@ def error_numbers(m, name):
 
 
 def counts(name, comparisons):
-    """ "ahead of ae12, error", "behind ae12, auroc density": counts of kinds."""
+    """ "ahead of ae12, error", "behind ae12, density": counts of kinds."""
     found = {}
     for quantity, figures in comparisons.items():
         if quantity in ("error", "optimised"):
@@ -555,6 +555,7 @@ def counts(name, comparisons):
         else:
             standings = {kind: figures[kind]["standing"] for kind in figures}
         levels = [figures[level]["standing"] for level in figures if level != "clean"]
+        quantity = quantity.removeprefix("auroc ")
         for key, which in (("ahead of", "ahead"), ("behind", "behind")):
             count = list(standings.values()).count(which)
             found[f"{key} {name}, {quantity}"] = f"{count} of {len(standings)}"
