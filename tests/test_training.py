@@ -460,6 +460,8 @@ def test_the_model_that_an_interrupt_left_goes_on_as_a_fresh_one_does(few, best,
     train(few, best, model=model, epochs=3)
     assert same_weights(model, whole)
     assert files(best.parent) == [KEPT]
+    train(few, best, epochs=3)  # a fresh model finds its run: the file tells the first weights
+    assert files(best.parent) == [KEPT]
 
 
 def test_other_initial_weights_are_another_run(few, best):
