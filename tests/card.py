@@ -51,11 +51,6 @@ def per_seed(m, section, name, *keys):
     return found
 
 
-def measured(m):
-    """The models of MAIN whose figures are there."""
-    return [name for name in MAIN if name in m["test"]]
-
-
 def spread(values, digits=1):
     """Mean and standard deviation over seeds; of one seed, the number alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
@@ -160,7 +155,7 @@ def test_set(m):
 
 def models(m):
     rows = []
-    for name in measured(m):
+    for name in MAIN:
         rows.append(
             [
                 NAMES[name],
@@ -191,7 +186,7 @@ def all_levels(m):
 
 
 def one_pass(m):
-    return errors(m, [*measured(m), "nothing"], "error", all_levels(m))
+    return errors(m, [*MAIN, "nothing"], "error", all_levels(m))
 
 
 def rate_and_distortion(m):
@@ -208,7 +203,7 @@ def rate_and_distortion(m):
 
 def optimised(m):
     """On the same 500 images: one pass above, optimised codes below."""
-    names = [*measured(m), "nothing"]
+    names = [*MAIN, "nothing"]
     levels = list(m["test"]["vae"]["0"]["optimised"])
     before = errors(m, names, "error of the same 500", levels)
     after = errors(m, names, "optimised", levels)
@@ -238,9 +233,7 @@ def level_counts(comparison, which):
         for level, figures in comparison.items()
         if level != "clean" and figures["standing"] == which
     ]
-    if any(one["welch p"] is None for one in chosen):  # of a single seed
-        return f"{len(chosen)} (–)"
-    significant = [one for one in chosen if one["welch p"] < 0.05]
+    significant = [one for one in chosen if one["welch p"] is not None and one["welch p"] < 0.05]
     return f"{len(chosen)} ({len(significant)})"
 
 
@@ -262,7 +255,7 @@ def anomaly_kinds(m):
 
 def compared(m):
     """The comparisons with each model, in the order of the tables."""
-    return {name: m["compare"][name] for name in [*measured(m)[1:], "nothing"]}
+    return {name: m["compare"][name] for name in [*MAIN[1:], "nothing"]}
 
 
 def differences(m, quantity, digits):
@@ -355,7 +348,7 @@ def samples(m):
     for key in ("test", "validation"):
         quality = {measure: [value] for measure, value in images[key].items()}
         rows.append(["", f"{key} images", *sample_cells(quality)])
-    for name in measured(m):
+    for name in MAIN:
         if name not in m["samples"]:
             continue
         for source in m["samples"][name]["0"]:
@@ -378,7 +371,7 @@ def sample_cells(quality):
 def on_demand(m):
     """The share of the digits drawn to order that are taken for what was asked for."""
     rows = []
-    for name in measured(m):
+    for name in MAIN:
         if name not in m["digits on demand"]:
             continue
         keys = m["digits on demand"][name]["0"]
@@ -392,7 +385,7 @@ def labels(m):
     """The share of test images whose label is that of their neighbours."""
     pixels = m["samples"]["images"]["0"]["labels by 5 nearest images"]
     rows = [["pixels themselves", percent([pixels])]]
-    for name in measured(m):
+    for name in MAIN:
         share = percent(per_seed(m, "test", name, "labels by 5 nearest codes"))
         rows.append([f"codes of {NAMES[name]}", share])
     return pd.DataFrame(rows, columns=["neighbours by", "right label, % ↑"])
@@ -421,12 +414,12 @@ def benchmark(m):
 
 def results(m):
     """The one table of the README."""
-    names = [*measured(m), "nothing"]
+    names = [*MAIN, "nothing"]
     levels = ["clean", "noise 0.3", "occlusion 12", "blur 1.5", "rotation 20"]
     table = errors(m, names, "error", levels)
     table = table.rename(columns={"squared error ↓": ""})
     table[""] = "error ↓, " + table[""]
-    areas = anomalies(m, "reconstruction", measured(m)).rename(columns={"AUROC ↑": ""})
+    areas = anomalies(m, "reconstruction", MAIN).rename(columns={"AUROC ↑": ""})
     areas = areas[areas[""].isin(["mirrored", "letters"])]
     areas = areas.assign(**{"": "AUROC ↑, " + areas[""], NAMES["nothing"]: ""})
     return pd.concat([table, areas])
@@ -443,8 +436,8 @@ TABLES = {
     "differences": lambda m: differences(m, "error", 1),
     "differences, optimised": lambda m: differences(m, "optimised", 1),
     "rate and distortion": rate_and_distortion,
-    "anomalies, reconstruction": lambda m: anomalies(m, "reconstruction", measured(m)),
-    "anomalies, density": lambda m: anomalies(m, "density", measured(m)),
+    "anomalies, reconstruction": lambda m: anomalies(m, "reconstruction", MAIN),
+    "anomalies, density": lambda m: anomalies(m, "density", MAIN),
     "anomaly kinds": anomaly_kinds,
     "anomaly differences, reconstruction": lambda m: differences(m, "auroc reconstruction", 3),
     "anomaly differences, density": lambda m: differences(m, "auroc density", 3),
@@ -503,7 +496,7 @@ NUMBER = re.compile(r"\d+ of \d+|-?\d+\.\d+(?: ± \d+\.\d+)?(?: %)?|\d+ %")
 def numbers(m):
     """What prose may quote, by key: numbers as they stand in the tables, counts as "4 of 6"."""
     found = {}
-    for name in measured(m):
+    for name in MAIN:
         found |= test_numbers(m, name)
     found |= error_numbers(m, "nothing")
     for name, comparisons in compared(m).items():
@@ -512,7 +505,7 @@ def numbers(m):
         found[f"{name} without all"] = f"{statistics.mean(areas.values()):.2f}"
         for digit, area in areas.items():
             found[f"{name} without {digit}"] = f"{area:.2f}"
-    for name in measured(m):
+    for name in MAIN:
         if name in m["samples"]:
             found |= sample_numbers(m, name)
     for kind in ("grey", "binarised"):
