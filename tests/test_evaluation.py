@@ -592,6 +592,12 @@ def test_digits_grid_draws_what_it_was_given(images):
     plt.close(figure)
 
 
+def test_digits_grid_stretches_no_faint_row():
+    figure = utils.digits_grid([grey(0.5, 2), -grey(0.5, 2)])
+    assert [strip.get_clim() for strip in figure.axes[0].images] == [(0, 1), (-1, 1)]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("n", [None, 0, 1])
 def test_digits_grid_without_images_says_what_it_needs(images, n):
     rows = {None: [], 0: [images[:0]], 1: [images[0]]}[n]

@@ -333,3 +333,9 @@ def test_convolutions_are_laid_out_for_the_device(monkeypatch, device, channels_
     weight = utils.VAE(2).decoder.conv[0].weight  # (64, 16, 3, 3)
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last
+
+
+def test_samples_repeat_with_their_generator(model):
+    first = model.sample(2, torch.Generator().manual_seed(3))
+    assert torch.equal(first, model.sample(2, torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, model.sample(2, torch.Generator().manual_seed(4)))

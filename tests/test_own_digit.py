@@ -133,6 +133,13 @@ def test_several_digits_are_counted(tmp_path, digits):
         read(1 - ink, tmp_path)
 
 
+def test_a_digit_three_quarters_as_tall_counts(tmp_path):
+    tall = pen((400, 200), [(80, 30), (80, 170)], 9)
+    lower = pen((400, 200), [(220, 50), (220, 155)], 9)
+    with pytest.raises(ValueError, match="as of 2 digits side by side"):
+        read(1 - tall - lower, tmp_path)
+
+
 def test_a_digit_in_pieces_is_one(tmp_path):
     five = pen((300, 300), [(110, 90), (105, 140), (160, 150), (165, 200), (100, 215)], 10)
     bar = pen((300, 300), [(125, 75), (180, 72)], 10)
