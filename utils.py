@@ -383,8 +383,7 @@ class VAE(nn.Module):
         A plain autoencoder was never taught that prior: its samples are seldom digits.
         """
         _integer(n, "n", 1)
-        z = _standard_normal((n, self.latent_dim), generator, "cpu")
-        return self.draw(z)
+        return self.draw(_standard_normal((n, self.latent_dim), generator, "cpu"))
 
     @torch.no_grad()
     def draw(self, z):
@@ -1267,10 +1266,9 @@ def reconstruction_score(rebuilt, images):
 def excess_bce(rebuilt, images):
     """BCE of grey values above their own entropy, which no model can get below: (N,), nats."""
     _check_pair(rebuilt, images)
-    bce = F.binary_cross_entropy(rebuilt, images, reduction="none")
-    entropy = F.binary_cross_entropy(images, images, reduction="none")  # an image's own
-    sums = [values.flatten(1).sum(1).cpu().double() for values in (bce, entropy)]
-    return sums[0] - sums[1]
+    bce = F.binary_cross_entropy(rebuilt, images, reduction="none").flatten(1).sum(1)
+    entropy = F.binary_cross_entropy(images, images, reduction="none").flatten(1).sum(1)
+    return bce.cpu().double() - entropy.cpu().double()
 
 
 def window_error(rebuilt, images):
@@ -1356,15 +1354,19 @@ def read_digit(path):
     path = _as_path(path, "path")
     grey = _grey(path)
     ink = _ink(grey)
-    if ink.max() < 0.18:  # too faint: perhaps a tight crop, whose strokes touch the border
-        ink = _ink(np.pad(grey, 4))  # with paper around it
-        ink *= ink.max() > 0.35  # a shadow is found then, too, but it is fainter than ink
+    # The strokes at the border of a tight crop are ink, too: with paper around it, far more shows,
+    # from top to bottom. (Shadows and the edges of tables are fainter, or lower.) The paper is the
+    # median of the left and right edge, where few digits have a bar.
+    padded = _ink(np.pad(grey, 4, constant_values=np.median(grey[:, [0, -1]])))
+    if padded.any(1).mean() > 0.7 and padded.max() > max(0.35, 2.2 * ink.max()):
+        ink = padded
+    ink *= ink.max() > 0.1  # what is fainter is noise
     _check_one_digit(ink > 0, path.name)
     return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
 
 
 def _grey(path):
-    """The grey values of a picture in even light, (h, w), its longer side 280 pixels, paper 0."""
+    """The grey values of a picture in even light, (h, w), its longer side 280 pixels."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
@@ -1378,17 +1380,16 @@ def _grey(path):
         picture = Image.fromarray(255 * values / values.max().clip(1e-9))
     picture = ImageOps.contain(picture.convert("LA"), (280, 280))
     grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
-    ground = np.sum(alpha * (grey - 0.5)) < 0  # white under dark ink, else black
+    ground = (alpha * (grey - 0.5)).sum() < 0  # white under dark ink, else black
     grey = ground + alpha * (grey - ground)
     # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
-    grey = difference_of_gaussians(grey, 1, 80, mode="reflect")
-    return grey - np.median(grey[[0, -1]])  # paper: the median of the top and bottom rows
+    return difference_of_gaussians(grey, 1, 80, mode="reflect")
 
 
 def _ink(grey):
-    """Dark or light ink, (h, w): the one that shows more clearly in more rows."""
+    """Dark or light ink, (h, w): the one with the longer and thinner strokes of more contrast."""
     found = _dark_ink(grey), _dark_ink(-grey)
-    return max(found, key=lambda ink: ink.max(1).sum())
+    return max(found, key=lambda ink: (ink.max(1) ** 2).sum() / _stroke_width(ink))
 
 
 def _dark_ink(grey):
@@ -1401,9 +1402,7 @@ def _dark_ink(grey):
     flood = grey.copy()
     flood[1:-1, 1:-1] = 9  # beyond any grey
     ink = reconstruction(flood, grey, method="erosion") - grey
-    ink *= _strokes(ink > 0.3 * ink.max())
-    # Ink that is no darker than the paper, 0, is a hole that strokes enclose.
-    return ink * (np.sum(ink * grey) < 0)
+    return ink * _strokes(ink > 0.3 * ink.max())
 
 
 def _strokes(ink):
@@ -1420,11 +1419,18 @@ def _strokes(ink):
     return pieces > 0
 
 
+def _stroke_width(ink):
+    """The mean width of the strokes, in pixels."""
+    distance = ndimage.distance_transform_edt(ink)
+    # The distance to the edge averages a quarter of the width, and half a pixel.
+    return 4 * distance.sum() / max(1, np.count_nonzero(ink)) - 2
+
+
 def _check_one_digit(stroke, name):
     """ValueError unless the strokes, (h, w) bool, can be one digit's."""
     columns = label(stroke.any(0)) * stroke  # pieces above each other are one digit's
     heights = np.array([piece.image.shape[0] for piece in regionprops(columns)])
-    digits = np.sum(heights > 0.6 * heights.max(initial=0))  # smaller ones are parts
+    digits = (heights > 0.6 * heights.max(initial=0)).sum()  # smaller ones are parts
     pieces = label(stroke).max()
     if digits != 1 or pieces > 4:
         raise ValueError(
@@ -1435,10 +1441,7 @@ def _check_one_digit(stroke, name):
 
 def _thicken(ink):
     """The ink over its median, (h, w), its strokes widened to at least MNIST's thin ones."""
-    distance = ndimage.distance_transform_edt(ink)
-    # The distance to the edge averages a quarter of the width, and half a pixel.
-    width = 4 * distance[ink > 0].mean() - 2
-    missing = 0.09 * np.sum(ink.any(1)) - width  # MNIST's thin strokes: 9 % of the height
+    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink)  # MNIST's thin: 9 % of the height
     full = np.median(ink[ink > 0])
     return ndimage.maximum_filter(ink / full, max(1, round(1 + missing)))
 
