@@ -39,13 +39,15 @@ def page(level=0.8):
     return np.full((400, 300), level)
 
 
-def agrees_with_plain(picture, tmp_path, least=0.9):
+def agree(plain, mine, least=0.9):
     """The same digit up to one pixel, by which the rounded centre of mass may move it."""
-    plain = read(seven_on(page()), tmp_path)
-    mine = read(picture, tmp_path)
     moves = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     moved = [np.roll(mine, move, (0, 1)).ravel() for move in moves]
     return max(np.corrcoef(plain.ravel(), each)[0, 1] for each in moved) > least
+
+
+def agrees_with_plain(picture, tmp_path, least=0.9):
+    return agree(read(seven_on(page()), tmp_path), read(picture, tmp_path), least)
 
 
 @pytest.mark.parametrize("width", [3, 4, 6])
@@ -70,7 +72,7 @@ def test_lines_as_dark_as_the_ink_are_named(tmp_path):
     y = np.mgrid[:400, :300][0]
     lines = np.abs(y % 30 - 15) < 2
     with pytest.raises(ValueError, match="lines"):
-        read(page() * (1 - 0.7 * np.maximum(lines, pen((300, 400), SEVEN, 4))), tmp_path)
+        read(page() * (1 - 0.7 * np.maximum(lines, pen((300, 400), SEVEN, 3))), tmp_path)
 
 
 def table_edge(paper):
@@ -89,6 +91,10 @@ def dark_row(paper):
     paper[-2:] = 0
 
 
+def dark_rows_on_two_sides(paper):
+    paper[-3:] = paper[:, :3] = 0.1
+
+
 def corner(paper):
     paper[np.add(*np.mgrid[:400, :300]) < 40] = 0.1
 
@@ -98,11 +104,41 @@ def frame(paper):
     paper[10:-10, [10, 11, -11, -12]] = 0.1
 
 
-@pytest.mark.parametrize("draw", [table_edge, two_edges, light_edge, dark_row, corner, frame])
+BORDERS = [table_edge, two_edges, light_edge, dark_row, dark_rows_on_two_sides, corner, frame]
+
+
+@pytest.mark.parametrize("draw", BORDERS)
 def test_what_lies_at_the_border_is_no_ink(tmp_path, draw):
     paper = page()
     draw(paper)
     assert agrees_with_plain(seven_on(paper), tmp_path)
+
+
+@pytest.mark.parametrize("grey", [0.05, 0.2, 0.35])
+@pytest.mark.parametrize("margins", [(20, 20, 30, 30), (90, 60, 70, 60), (0, 40, 60, 0)])
+def test_the_sheet_on_a_dark_desk_is_not_taken_for_the_ink(tmp_path, grey, margins):
+    top, bottom, left, right = margins
+    desk = np.full((400, 300), grey)
+    desk[top : 400 - bottom, left : 300 - right] = 0.8
+    assert agrees_with_plain(seven_on(desk), tmp_path)
+
+
+@pytest.mark.parametrize("light", [0.15, 0.25])
+def test_the_light_of_a_lamp_is_not_taken_for_the_ink(tmp_path, light):
+    y, x = np.mgrid[:400, :300]
+    lamp = np.exp(-((x - 150) ** 2 + (y - 260) ** 2) / (2 * 90**2))
+    assert agrees_with_plain(seven_on(page(0.6) + light * lamp, width=8, dark=0.3), tmp_path)
+
+
+@pytest.mark.parametrize("width", [12, 25])
+@pytest.mark.parametrize("dark", [0.6, 1.0])
+def test_a_crop_may_cut_through_the_strokes(tmp_path, width, dark):
+    ink = pen((300, 400), SEVEN, width)
+    rows, columns = np.nonzero(ink > 0.5)
+    inner = np.s_[rows.min() + 1 : rows.max(), columns.min() + 1 : columns.max()]
+    plain = read(0.9 * (1 - dark * ink), tmp_path)
+    cropped = read(0.9 * (1 - dark * ink[inner]), tmp_path)
+    assert agree(plain, cropped)
 
 
 @pytest.mark.parametrize("angle", range(0, 360, 45))
