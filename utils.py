@@ -1435,7 +1435,7 @@ def _check_one_digit(stroke, name):
     if digits != 1 or pieces > 4:
         raise ValueError(
             f"{name} does not show one digit: it has {pieces} pieces of ink, as of {digits} digits "
-            "side by side. Write one, large, on paper without lines or squares."
+            "side by side. Write one, large and bold, on paper without lines or squares."
         )
 
 
