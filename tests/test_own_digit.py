@@ -55,6 +55,7 @@ def agrees_with_plain(picture, tmp_path):
 def test_thin_strokes_become_as_thick_and_bright_as_mnists(tmp_path, width, dark):
     mine = read(seven_on(page(), width, dark), tmp_path)
     assert np.sort(mine.ravel())[-20:].mean() > 0.73
+    assert (mine > 0.5).sum() > 50  # a seven of two pixels' width; of one pixel it has 35
 
 
 @pytest.mark.parametrize("spacing", [30, 45, 70])
@@ -107,6 +108,21 @@ def frame(paper):
 BORDERS = [table_edge, two_edges, light_edge, dark_row, dark_rows_on_two_sides, corner, frame]
 
 
+@pytest.mark.parametrize("height", [6, 24])
+def test_a_strip_at_the_border_of_an_empty_page_is_no_digit(tmp_path, height):
+    paper = page()
+    paper[:height] = 0.2
+    with pytest.raises(ValueError, match="does not show one digit"):
+        read(paper, tmp_path)
+
+
+def test_specks_and_hairs_are_no_ink(tmp_path):
+    paper = seven_on(page())
+    for row, column in [(40, 40), (60, 250), (350, 60), (330, 240), (200, 40), (250, 260)]:
+        paper[row : row + 3, column : column + 25] = 0.2
+    assert agrees_with_plain(paper, tmp_path)
+
+
 @pytest.mark.parametrize("draw", BORDERS)
 def test_what_lies_at_the_border_is_no_ink(tmp_path, draw):
     paper = page()
@@ -130,10 +146,14 @@ def test_the_light_of_a_lamp_is_not_taken_for_the_ink(tmp_path, light):
     assert agrees_with_plain(seven_on(page(0.6) + light * lamp, width=8, dark=0.3), tmp_path)
 
 
-@pytest.mark.parametrize("width", [12, 25])
+FIVE = [(190, 120), (110, 120), (105, 200), (160, 195), (195, 240), (160, 300), (105, 290)]
+
+
+@pytest.mark.parametrize("points", [SEVEN, FIVE])
+@pytest.mark.parametrize("width", [12, 25, 40])
 @pytest.mark.parametrize("dark", [0.6, 1.0])
-def test_a_crop_may_cut_through_the_strokes(tmp_path, width, dark):
-    ink = pen((300, 400), SEVEN, width)
+def test_a_crop_may_cut_through_the_strokes(tmp_path, points, width, dark):
+    ink = pen((300, 400), points, width)
     rows, columns = np.nonzero(ink > 0.5)
     inner = np.s_[rows.min() + 1 : rows.max(), columns.min() + 1 : columns.max()]
     plain = read(0.9 * (1 - dark * ink), tmp_path)
