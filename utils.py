@@ -1354,8 +1354,8 @@ def read_digit(path):
     path = _as_path(path, "path")
     grey = _grey(path)
     ink = _ink(grey)
-    # The strokes at the border of a tight crop are ink, too: with paper around it, far more shows,
-    # from top to bottom. (Shadows and the edges of tables are fainter, or lower.) The paper is the
+    # A tight crop may cut through the strokes. With paper around it they stand out far more, from
+    # top to bottom; shadows and the edges of tables are fainter, or lower. The paper's grey is the
     # median of the left and right edge, where few digits have a bar.
     padded = _ink(np.pad(grey, 4, constant_values=np.median(grey[:, [0, -1]])))
     if padded.any(1).mean() > 0.7 and padded.max() > max(0.35, 2.2 * ink.max()):
