@@ -280,6 +280,7 @@ def seven():
         lambda p: p.convert("CMYK"),
         ImageOps.invert,
         lambda p: p.convert("F"),
+        lambda p: Image.fromarray(np.asarray(p, np.float32) / 255),
         lambda p: Image.fromarray(np.asarray(p).astype(np.uint16) * 200),
         lambda p: p.resize((1500, 2000)),
         lambda p: Image.merge("LA", (Image.new("L", p.size, 0), ImageOps.invert(p))),
