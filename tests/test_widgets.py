@@ -2,6 +2,7 @@
 
 import html
 import io
+import shutil
 import threading
 
 import matplotlib.pyplot as plt
@@ -43,14 +44,21 @@ def cells_needed():
 
 
 @pytest.fixture(scope="module")
-def page():
-    """The names of the cells, run on scikit-learn's digits as if a person sat before them."""
+def page(tmp_path_factory):
+    """The names of the cells, run on scikit-learn's digits as if a person sat before them.
+
+    With the reference models, whatever models of one's own there are.
+    """
+    models = tmp_path_factory.mktemp("models")
+    for reference in (ROOT / "models_mnist").glob("*_reference.safetensors"):
+        shutil.copy(reference, models)
     scope = {"thresholds": {("VAE", "reconstruction"): torch.tensor(9.0)}}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         for source in cells_needed():
             exec(source.replace("%matplotlib inline", ""), scope)
             scope["SOURCE"] = "digits"
+            scope["MODEL_DIR"] = models
             if "live" in scope:
                 scope["live"] = True
     plt.close("all")
