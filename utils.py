@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy import ndimage
-from skimage.filters import difference_of_gaussians
+from skimage.filters import difference_of_gaussians, gaussian
 from skimage.measure import label, regionprops
 from skimage.morphology import reconstruction
 from sklearn.datasets import load_digits
@@ -1352,15 +1352,19 @@ def read_digit(path):
     ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = _as_path(path, "path")
-    grey = _grey(path)
-    ink = _ink(grey)
+    grey, ink = _ink(_grey(path))
     # A tight crop may cut through the strokes. With paper around it they stand out far more, from
     # top to bottom; shadows and the edges of tables are fainter, or lower. The paper's grey is the
     # median of the left and right edge, where few digits have a bar.
-    padded = _ink(np.pad(grey, 4, constant_values=np.median(grey[:, [0, -1]])))
-    if padded.any(1).mean() > 0.7 and padded.max() > max(0.35, 2.2 * ink.max()):
-        ink = padded
+    padded = np.pad(grey, 4, constant_values=np.median(grey[:, [0, -1]]))
+    padded, padded_ink = _ink(padded)
+    if padded_ink.any(1).mean() > 0.7 and padded_ink.max() > max(0.35, 2.2 * ink.max()):
+        grey, ink = padded, padded_ink
     ink *= ink.max() > 0.1  # what is fainter is noise
+    # A second look, now that the strokes' width is known. A closing takes away what is thinner
+    # than three of them. What it leaves is the paper with its shadows, whose edges may be hard.
+    paper = ndimage.grey_closing(grey, max(1, round(3 * _stroke_width(ink))))
+    ink = _dark_ink(grey - paper)
     _check_one_digit(ink > 0, path.name)
     return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
 
@@ -1387,9 +1391,12 @@ def _grey(path):
 
 
 def _ink(grey):
-    """Dark or light ink, (h, w): the one with the longer and thinner strokes of more contrast."""
-    found = _dark_ink(grey), _dark_ink(-grey)
-    return max(found, key=lambda ink: (ink.max(1) ** 2).sum() / _stroke_width(ink))
+    """The grey values, (h, w), turned so that ink is dark, and this ink, (h, w).
+
+    Ink has longer and thinner strokes, of more contrast, than what is as light as ink is dark.
+    """
+    found = [(grey, _dark_ink(grey)), (-grey, _dark_ink(-grey))]
+    return max(found, key=lambda pair: (pair[1].max(1) ** 2).sum() / _stroke_width(pair[1]))
 
 
 def _dark_ink(grey):
@@ -1440,10 +1447,11 @@ def _check_one_digit(stroke, name):
 
 
 def _thicken(ink):
-    """The ink over its median, (h, w), its strokes widened to at least MNIST's thin ones."""
+    """The ink over its mean nearby, (h, w), its strokes widened to at least MNIST's thin ones."""
     missing = 0.09 * ink.any(1).sum() - _stroke_width(ink)  # MNIST's thin: 9 % of the height
-    full = np.median(ink[ink > 0])
-    return ndimage.maximum_filter(ink / full, max(1, round(1 + missing)))
+    full = gaussian(ink, 40) / (gaussian(ink > 0, 40) + 1e-9)
+    ink = ink / (full + 1e-9)
+    return ndimage.maximum_filter(ink, max(1, round(1 + missing)))
 
 
 # ---------------------------------------- Figures ----------------------------------------
