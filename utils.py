@@ -1449,8 +1449,7 @@ def _check_one_digit(stroke, name):
 def _thicken(ink):
     """The ink over its mean nearby, (h, w), its strokes widened to at least MNIST's thin ones."""
     missing = 0.09 * ink.any(1).sum() - _stroke_width(ink)  # MNIST's thin: 9 % of the height
-    full = gaussian(ink, 40) / (gaussian(ink > 0, 40) + 1e-9)
-    ink = ink / (full + 1e-9)
+    ink = ink * gaussian(ink > 0, 40) / (gaussian(ink, 40) + 1e-9)
     return ndimage.maximum_filter(ink, max(1, round(1 + missing)))
 
 

