@@ -1363,6 +1363,7 @@ def read_digit(path):
     ink *= ink.max() > 0.1  # what is fainter is noise
     # A second look, now that the strokes' width is known. A closing takes away what is thinner
     # than three of them. What it leaves is the paper with its shadows, whose edges may be hard.
+    # Where no ink was found it takes nothing away, and the second look finds none either.
     paper = ndimage.grey_closing(grey, max(1, round(3 * _stroke_width(ink))))
     ink = _dark_ink(grey - paper)
     _check_one_digit(ink > 0, path.name)
