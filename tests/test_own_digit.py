@@ -184,6 +184,14 @@ def test_a_shadow_may_cross_the_digit(tmp_path, angle, blur):
     assert agrees_with_plain(pencil * (1 - 0.4 * shadow), tmp_path)
 
 
+@pytest.mark.parametrize("width", [40, 50])  # one of 30 is too narrow
+def test_the_shadow_of_a_bar_may_cross_the_digit(tmp_path, width):
+    y = np.mgrid[:400, :300][0]
+    shadow = 1 / (1 + np.exp((np.abs(y - 210) - width / 2) / 2))
+    pencil = (page() + seven_on(page())) / 2
+    assert agrees_with_plain(pencil * (1 - 0.4 * shadow), tmp_path)
+
+
 @pytest.mark.parametrize("inner", [0.3, 0.45])
 @pytest.mark.parametrize("light", [False, True])
 def test_the_border_tells_the_paper_where_ink_covers_most(tmp_path, inner, light):
