@@ -13,8 +13,8 @@ One convention holds everywhere: a loss is summed over the pixels or latent dime
 and averaged over images, in nats per image. `loss` is BCE + beta * KL on a sampled z; with
 beta = 1 it is the negative evidence lower bound, -ELBO. Figures show the decoded mean.
 
-`vae_mnist_training.ipynb` needs the first half, from the data to the checkpoints, `evaluate` and
-the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.
+`vae_mnist_training.ipynb` needs the data, the model, the training, the checkpoints, `evaluate`
+and the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.functional import InterpolationMode, rotate
+from torchvision.transforms.functional import InterpolationMode, crop, rotate
 from tqdm import tqdm
 
 MAX_SEED = 2**32 - 1
@@ -222,15 +222,15 @@ def _like_mnist(ink, contrast):
 
     (h, w) in [0, 1] -> (1, 28, 28). `contrast` 1 keeps the greys; more makes edges steeper.
     """
-    box = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
+    box = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]  # the bounding box
     scale = 20 / max(box.shape)
-    height, width = (max(1, round(side * scale)) for side in box.shape)
-    ink = F.interpolate(box[None, None], size=(height, width), mode="bicubic", antialias=True)[0, 0]
+    size = [max(1, round(side * scale)) for side in box.shape]
+    ink = F.interpolate(box[None, None], size=size, mode="bicubic", antialias=True)[0]
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
-    row, column = ndimage.center_of_mass(ink.numpy())
-    top = min(max(round(14 - row), 0), 28 - height)
-    left = min(max(round(14 - column), 0), 28 - width)
-    return F.pad(ink, (left, 28 - width - left, top, 28 - height - top))[None]
+    row, column = ndimage.center_of_mass(ink[0].numpy())
+    top = min(max(round(14 - row), 0), 28 - size[0])
+    left = min(max(round(14 - column), 0), 28 - size[1])
+    return crop(ink, -top, -left, 28, 28)  # beyond its edges a crop is black
 
 
 # ---------------------------------------- Model ----------------------------------------
@@ -1027,6 +1027,7 @@ def _bce_of_codes(model, z, images):
 def loss_per_image(model, images, num_samples=10, seed=0):
     """A `Loss` of every image in nats, each (N,) float64: means over `num_samples` sampled z.
 
+    `loss` is bce + kl, the -ELBO, whatever beta the model was trained with.
     The noise is drawn for all images at once from `seed`, so that batches make no difference.
     """
     _integer(num_samples, "num_samples", 1)
@@ -1141,9 +1142,9 @@ def _occlusion(x, side, generator):
     side = round(side)
     free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
     first = min(4, (28 - side) // 2)
-    corners = first + torch.randint(free + 1, (2, len(x), 1), generator=generator)
+    tops, lefts = first + torch.randint(free + 1, (2, len(x)), generator=generator)
     x = x.clone()
-    for image, top, left in zip(x, *corners, strict=True):
+    for image, top, left in zip(x, tops, lefts, strict=True):
         image[:, top : top + side, left : left + side] = 0
     return x
 
@@ -1352,26 +1353,19 @@ def read_digit(path):
     ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = _as_path(path, "path")
-    grey, ink = _ink(_grey(path))
-    # A tight crop may cut through the strokes. With paper around it they stand out far more, from
-    # top to bottom; shadows and the edges of tables are fainter, or lower. The paper's grey is the
-    # median of the left and right edge, where few digits have a bar.
-    padded = np.pad(grey, 4, constant_values=np.median(grey[:, [0, -1]]))
-    padded, padded_ink = _ink(padded)
-    if padded_ink.any(1).mean() > 0.7 and padded_ink.max() > max(0.35, 2.2 * ink.max()):
-        grey, ink = padded, padded_ink
-    ink *= ink.max() > 0.1  # what is fainter is noise
-    # A second look, now that the strokes' width is known. A closing takes away what is thinner
-    # than three of them. What it leaves is the paper with its shadows, whose edges may be hard.
-    # Where no ink was found it takes nothing away, and the second look finds none either.
-    paper = ndimage.grey_closing(grey, max(1, round(3 * _stroke_width(ink))))
-    ink = _dark_ink(grey - paper)
+    page, ink = _first_look(_even_light(path))
+    if ink.max() <= 0.1:  # what is fainter is noise
+        raise _no_digit(path.name, "there is no ink on it")
+    # A second look, now that the width of the strokes is known. A closing takes away everything
+    # narrower than three strokes. The paper is left, with all shadows, even those of hard edges.
+    paper = ndimage.grey_closing(page, round(3 * _stroke_width(ink > 0)))
+    ink = _dark_ink(page - paper)
     _check_one_digit(ink > 0, path.name)
     return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
 
 
-def _grey(path):
-    """The grey values of a picture in even light, (h, w), its longer side 280 pixels."""
+def _even_light(path):
+    """A picture as a page in even light, (h, w): about 0 on paper, its longer side 280 pixels."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
@@ -1385,73 +1379,99 @@ def _grey(path):
         picture = Image.fromarray(255 * values / values.max().clip(1e-9))
     picture = ImageOps.contain(picture.convert("LA"), (280, 280))
     grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
-    ground = (alpha * (grey - 0.5)).sum() < 0  # white under dark ink, else black
-    grey = ground + alpha * (grey - ground)
+    # What is transparent becomes white if the ink is dark, else black.
+    ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0
+    grey = alpha * grey + (1 - alpha) * ground
     # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
     return difference_of_gaussians(grey, 1, 80, mode="reflect")
 
 
-def _ink(grey):
-    """The grey values, (h, w), turned so that ink is dark, and this ink, (h, w).
+def _first_look(page):
+    """The page turned so that ink is dark, and this ink, both (h, w)."""
+    page, ink = _turned(page)
+    # A tight crop may cut through the strokes. With paper around the page they are far darker,
+    # from top to bottom; shadows and the edges of tables are fainter, or lower. The paper is the
+    # median of the left and right edge, where few digits have a bar.
+    padded = np.pad(page, 4, constant_values=np.median(page[:, [0, -1]]))
+    padded, padded_ink = _turned(padded)
+    is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
+    is_dark = padded_ink.max() > max(0.35, 2.2 * ink.max())
+    return (padded, padded_ink) if is_tall and is_dark else (page, ink)
 
-    Ink has longer and thinner strokes, of more contrast, than what is as light as ink is dark.
-    """
-    found = [(grey, _dark_ink(grey)), (-grey, _dark_ink(-grey))]
-    return max(found, key=lambda pair: (pair[1].max(1) ** 2).sum() / _stroke_width(pair[1]))
+
+def _turned(page):
+    """The page, or its negative if that has more of a digit's ink, and this ink, both (h, w)."""
+    dark = _dark_ink(page)
+    light = _dark_ink(-page)
+    return (page, dark) if _strength(dark) >= _strength(light) else (-page, light)
 
 
-def _dark_ink(grey):
+def _strength(ink):
+    """Large for ink, (h, w), whose strokes are tall, thin and of much contrast."""
+    return (ink.max(1) ** 2).sum() / _stroke_width(ink > 0)
+
+
+def _dark_ink(page):
     """How much darker strokes are than what surrounds them, (h, w); 0 elsewhere.
 
-    The picture is taken for a landscape. Its hollows are filled up to where they would run over
-    into the border (morphological reconstruction). Shadows, tables, lines on the paper and fading
-    light reach the border and are not filled.
+    Take the page for a landscape where dark is low. Its hollows are filled until they would
+    overflow at the border (morphological reconstruction); ink is the depth of the filling.
+    Shadows, tables, lines on the paper and fading light reach the border and are not filled.
     """
-    flood = grey.copy()
-    flood[1:-1, 1:-1] = 9  # beyond any grey
-    ink = reconstruction(flood, grey, method="erosion") - grey
-    return ink * _strokes(ink > 0.3 * ink.max())
+    flood = page.copy()
+    flood[1:-1, 1:-1] = 9  # higher than any page
+    depth = reconstruction(flood, page, method="erosion") - page
+    return depth * _strokes(depth > 0.3 * depth.max())
 
 
-def _strokes(ink):
-    """The pieces of ink, (h, w) bool, without specks, areas and frames."""
-    pieces = label(ink)
-    # The distance to the edge averages a quarter of a stroke's width: an area is wider than 0.36
-    # of its length.
-    for piece in regionprops(pieces, ndimage.distance_transform_edt(ink)):
-        is_speck = piece.area < 0.05 * ink.sum()
-        is_area = piece.intensity_mean > 0.09 * max(piece.image.shape)
+def _strokes(mask):
+    """The pieces of a mask, (h, w) bool, without specks, areas and frames."""
+    pieces = label(mask)
+    smallest = 0.05 * mask.sum()
+    for piece in regionprops(pieces, ndimage.distance_transform_edt(mask)):
+        distance_to_edge = piece.intensity_mean  # a quarter of the piece's width
+        is_speck = piece.area < smallest
+        is_area = distance_to_edge > 0.09 * max(piece.image.shape)
         is_frame = piece.area_filled - piece.area > 0.8 * piece.area_bbox
         if is_speck or is_area or is_frame:
-            pieces[piece.slice] *= ~piece.image
+            pieces[piece.slice][piece.image] = 0
     return pieces > 0
 
 
-def _stroke_width(ink):
-    """The mean width of the strokes, in pixels."""
-    distance = ndimage.distance_transform_edt(ink)
-    # The distance to the edge averages a quarter of the width, and half a pixel.
-    return 4 * distance.sum() / max(1, np.count_nonzero(ink)) - 2
+def _stroke_width(mask):
+    """The mean width of the strokes of a mask, (h, w) bool, in pixels; 1 if there are none."""
+    distance_to_edge = ndimage.distance_transform_edt(mask).sum() / max(1, mask.sum())
+    # A quarter of the width, and half a pixel, because it is 1 at the edge.
+    return max(1, 4 * distance_to_edge - 2)
 
 
-def _check_one_digit(stroke, name):
+def _check_one_digit(strokes, name):
     """ValueError unless the strokes, (h, w) bool, can be one digit's."""
-    columns = label(stroke.any(0)) * stroke  # pieces above each other are one digit's
-    heights = np.array([piece.image.shape[0] for piece in regionprops(columns)])
-    digits = (heights > 0.6 * heights.max(initial=0)).sum()  # smaller ones are parts
-    pieces = label(stroke).max()
-    if digits != 1 or pieces > 4:
-        raise ValueError(
-            f"{name} does not show one digit: it has {pieces} pieces of ink, as of {digits} digits "
-            "side by side. Write one, large and bold, on paper without lines or squares."
-        )
+    pieces = label(strokes).max()
+    columns = label(strokes.any(0)) * strokes  # pieces above each other are one digit's
+    heights = [piece.image.shape[0] for piece in regionprops(columns)]
+    digits = sum(height > 0.6 * max(heights) for height in heights)  # lower ones are parts
+    if digits == 0:
+        raise _no_digit(name, "there is no ink on it")
+    if digits > 1:
+        raise _no_digit(name, f"there are {digits} digits side by side")
+    if pieces > 4:
+        raise _no_digit(name, f"the ink is in {pieces} pieces")
+
+
+def _no_digit(name, problem):
+    """The error that says why a picture is refused, and what would help."""
+    return ValueError(
+        f"{name} does not show one digit: {problem}. "
+        "Write one, large and bold, on paper without lines or squares."
+    )
 
 
 def _thicken(ink):
     """The ink over its mean nearby, (h, w), its strokes widened to at least MNIST's thin ones."""
-    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink)  # MNIST's thin: 9 % of the height
+    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink > 0)  # MNIST's thin: 9 % of the height
     ink = ink * gaussian(ink > 0, 40) / (gaussian(ink, 40) + 1e-9)
-    return ndimage.maximum_filter(ink, max(1, round(1 + missing)))
+    return ndimage.maximum_filter(ink, max(1, round(1 + missing))).clip(0, 1)
 
 
 # ---------------------------------------- Figures ----------------------------------------

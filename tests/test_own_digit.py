@@ -205,14 +205,14 @@ def test_the_border_tells_the_paper_where_ink_covers_most(tmp_path, inner, light
 @pytest.mark.parametrize("digits", [2, 3, 4])
 def test_several_digits_are_counted(tmp_path, digits):
     ink = sum(pen((400, 200), [(50 + 90 * i, 40), (50 + 90 * i, 160)], 9) for i in range(digits))
-    with pytest.raises(ValueError, match=f"as of {digits} digits side by side"):
+    with pytest.raises(ValueError, match=f"there are {digits} digits side by side"):
         read(1 - ink, tmp_path)
 
 
 def test_a_digit_three_quarters_as_tall_counts(tmp_path):
     tall = pen((400, 200), [(80, 30), (80, 170)], 9)
     lower = pen((400, 200), [(220, 50), (220, 155)], 9)
-    with pytest.raises(ValueError, match="as of 2 digits side by side"):
+    with pytest.raises(ValueError, match="there are 2 digits side by side"):
         read(1 - tall - lower, tmp_path)
 
 
@@ -391,12 +391,12 @@ def cut_short(path):
         (write_bytes(b"my notes"), "cannot be read"),
         (cut_short, "cannot be read"),
         (bomb, "exceeds limit"),
-        (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "does not show one digit"),
-        (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "does not show one digit"),
-        (lambda path: Image.new("L", (1, 1), 0).save(path, "PNG"), "does not show one digit"),
-        (one_dot, "does not show one digit"),
-        (blot, "does not show one digit"),
-        (page_of_writing, "does not show one digit"),
+        (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "there is no ink on it"),
+        (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "there is no ink on it"),
+        (lambda path: Image.new("L", (1, 1), 0).save(path, "PNG"), "there is no ink on it"),
+        (one_dot, "there is no ink on it"),
+        (blot, "there is no ink on it"),
+        (page_of_writing, "the ink is in 10 pieces"),
     ],
 )
 def test_what_is_no_picture_of_a_digit_is_told_in_one_sentence(tmp_path, make, says):
