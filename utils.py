@@ -1366,18 +1366,22 @@ def read_digit(path):
 
 def _even_light(path):
     """A picture as a page in even light, (h, w): about 0 on paper, its longer side 280 pixels."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, where looking is not allowed
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and of odd EXIF data
+            with Image.open(path) as picture:
+                picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":  # 16 or 32 bits
+            values = np.nan_to_num(np.asarray(picture, float), posinf=0, neginf=0)
+            picture = Image.fromarray(255 * values / values.max().clip(1e-9))
+        picture = ImageOps.contain(picture.convert("LA"), (280, 280))
     except Exception as error:  # whatever Pillow stumbles over
         reason = str(error).replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
-    if picture.mode[0] in "IF":  # 16 or 32 bits
-        values = np.asarray(picture, float)
-        picture = Image.fromarray(255 * values / values.max().clip(1e-9))
-    picture = ImageOps.contain(picture.convert("LA"), (280, 280))
+    if 0 in picture.size:
+        raise _no_digit(path.name, "it is too narrow")
     grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
     # What is transparent becomes white if the ink is dark, else black.
     ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0

@@ -161,6 +161,21 @@ def test_a_crop_may_cut_through_the_strokes(tmp_path, points, width, dark):
     assert agree(plain, cropped)
 
 
+def test_a_crop_may_cut_only_the_sides(tmp_path):
+    ink = pen((300, 400), SEVEN, 25)
+    columns = np.nonzero((ink > 0.5).any(0))[0]
+    inner = np.s_[90:330, columns.min() + 1 : columns.max()]
+    plain = read(0.9 * (1 - 0.8 * ink), tmp_path)
+    assert agree(plain, read(0.9 * (1 - 0.8 * ink[inner]), tmp_path))
+
+
+def test_a_fold_across_an_empty_page_is_no_digit(tmp_path):
+    paper = page()
+    paper[:, 140:152] = 0.55
+    with pytest.raises(ValueError, match="there is no ink on it"):
+        read(paper, tmp_path)
+
+
 @pytest.mark.parametrize("angle", range(0, 360, 45))
 def test_the_edge_of_a_shadow_is_no_ink(tmp_path, angle):
     y, x = np.mgrid[:400, :300]
@@ -223,6 +238,23 @@ def test_a_digit_in_pieces_is_one(tmp_path):
     stem = pen((300, 300), [(160, 70), (158, 240)], 10)
     for ink in (five + bar, four + stem):
         assert read(1 - ink, tmp_path).max() > 0.9
+    assert read(1 - five - bar, tmp_path)[:9, 15:19].max() > 0.9  # the bar is there
+    broken = pen((300, 400), FIVE, 12)
+    plain = read(1 - broken, tmp_path)
+    broken[150:160] = broken[250:260] = 0
+    assert agree(plain, read(1 - broken, tmp_path))
+
+
+def test_ink_in_five_pieces_is_no_digit(tmp_path):
+    lines = sum(pen((300, 400), [(120, y), (180, y)], 8) for y in range(60, 310, 50))
+    with pytest.raises(ValueError, match="the ink is in 5 pieces"):
+        read(1 - lines, tmp_path)
+
+
+def test_ink_fainter_than_a_tenth_is_noise(tmp_path):
+    with pytest.raises(ValueError, match="^mine.png does not .* there is no ink on it"):
+        read(seven_on(page(), dark=0.12), tmp_path)
+    assert agrees_with_plain(seven_on(page(), dark=0.2), tmp_path)
 
 
 def test_sentences(tmp_path, monkeypatch):
@@ -302,6 +334,7 @@ def seven():
         lambda p: p.convert("F"),
         lambda p: Image.fromarray(np.asarray(p, np.float32) / 255),
         lambda p: Image.fromarray(np.asarray(p).astype(np.uint16) * 200),
+        lambda p: Image.fromarray((np.asarray(p).astype(np.uint16) + 99) * 180),
         lambda p: p.resize((1500, 2000)),
         lambda p: Image.merge("LA", (Image.new("L", p.size, 0), ImageOps.invert(p))),
         lambda p: Image.merge("LA", (Image.new("L", p.size, 255), ImageOps.invert(p))),
@@ -381,6 +414,7 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "make, says",
     [
@@ -394,6 +428,9 @@ def cut_short(path):
         (lambda path: Image.new("L", (300, 200), 255).save(path, "PNG"), "there is no ink on it"),
         (lambda path: Image.new("L", (300, 200), 0).save(path, "PNG"), "there is no ink on it"),
         (lambda path: Image.new("L", (1, 1), 0).save(path, "PNG"), "there is no ink on it"),
+        (lambda path: Image.new("I;16", (90, 60), 0).save(path, "PNG"), "there is no ink on it"),
+        (lambda path: Image.new("L", (1, 5000), 0).save(path, "PNG"), "it is too narrow"),
+        (lambda path: Image.new("LAB", (90, 60)).save(path, "TIFF"), "^mine cannot be read"),
         (one_dot, "there is no ink on it"),
         (blot, "there is no ink on it"),
         (page_of_writing, "the ink is in 10 pieces"),
@@ -403,7 +440,26 @@ def test_what_is_no_picture_of_a_digit_is_told_in_one_sentence(tmp_path, make, s
     make(tmp_path / "mine")
     with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
         utils.read_digit(tmp_path / "mine")
-    assert "\n" not in str(caught.value) and caught.value.__cause__ is None
+    assert "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_name_too_long_is_told_in_one_sentence():
+    with pytest.raises(FileNotFoundError, match="there is no picture at"):
+        utils.read_digit("x" * 5000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_data_in_a_good_picture_make_no_difference(seven, tmp_path):
+    grey = np.asarray(seven, np.float32) / 255
+    grey[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(grey).save(tmp_path / "odd.tiff")
+    seven.resize((9000, 12000)).save(tmp_path / "large.png")  # Pillow warns of its size
+    seven.save(tmp_path / "plain.png")
+    plain = utils.read_digit(tmp_path / "plain.png").flatten()
+    for name in ("odd.tiff", "large.png"):
+        mine = utils.read_digit(tmp_path / name).flatten()
+        assert np.corrcoef(plain, mine)[0, 1] > 0.97
 
 
 def test_an_empty_page_with_noise_and_uneven_light_has_no_digit_on_it(tmp_path):
