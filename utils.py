@@ -1374,7 +1374,7 @@ def _even_light(path):
             with Image.open(path) as picture:
                 picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":  # 16 or 32 bits
-            values = np.nan_to_num(np.asarray(picture, float), posinf=0, neginf=0)
+            values = np.asarray(picture, float)
             picture = Image.fromarray(255 * values / values.max().clip(1e-9))
         picture = ImageOps.contain(picture.convert("LA"), (280, 280))
     except Exception as error:  # whatever Pillow stumbles over

@@ -450,16 +450,11 @@ def test_a_name_too_long_is_told_in_one_sentence():
 
 
 @pytest.mark.filterwarnings("error")
-def test_odd_data_in_a_good_picture_make_no_difference(seven, tmp_path):
-    grey = np.asarray(seven, np.float32) / 255
-    grey[0, :3] = np.nan, np.inf, -np.inf
-    Image.fromarray(grey).save(tmp_path / "odd.tiff")
-    seven.resize((9000, 12000)).save(tmp_path / "large.png")  # Pillow warns of its size
+def test_a_picture_of_108_megapixels_is_read_without_a_warning(seven, tmp_path):
     seven.save(tmp_path / "plain.png")
-    plain = utils.read_digit(tmp_path / "plain.png").flatten()
-    for name in ("odd.tiff", "large.png"):
-        mine = utils.read_digit(tmp_path / name).flatten()
-        assert np.corrcoef(plain, mine)[0, 1] > 0.97
+    seven.resize((9000, 12000)).save(tmp_path / "large.png")
+    plain, large = (utils.read_digit(tmp_path / f"{name}.png") for name in ("plain", "large"))
+    assert np.corrcoef(plain.flatten(), large.flatten())[0, 1] > 0.97
 
 
 def test_an_empty_page_with_noise_and_uneven_light_has_no_digit_on_it(tmp_path):
