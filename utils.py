@@ -222,10 +222,10 @@ def _like_mnist(ink, contrast):
 
     (h, w) in [0, 1] -> (1, 28, 28). `contrast` 1 keeps the greys; more makes edges steeper.
     """
-    box = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]  # the bounding box
-    scale = 20 / max(box.shape)
-    size = [max(1, round(side * scale)) for side in box.shape]
-    ink = F.interpolate(box[None, None], size=size, mode="bicubic", antialias=True)[0]
+    cropped = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
+    scale = 20 / max(cropped.shape)
+    size = [max(1, round(side * scale)) for side in cropped.shape]
+    ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
     row, column = ndimage.center_of_mass(ink[0].numpy())
     top = min(max(round(14 - row), 0), 28 - size[0])
@@ -1356,8 +1356,8 @@ def read_digit(path):
     page, ink = _first_look(_even_light(path))
     if ink.max() <= 0.1:  # what is fainter is noise
         raise _no_digit(path.name, "there is no ink on it")
-    # A second look, now that the width of the strokes is known. A closing takes away everything
-    # narrower than three strokes. The paper is left, with all shadows, even those of hard edges.
+    # A second look, now that the width of the strokes is known. A closing removes what is dark and
+    # narrower than three strokes. The paper is left with its shadows, even hard-edged ones.
     paper = ndimage.grey_closing(page, round(3 * _stroke_width(ink > 0)))
     ink = _dark_ink(page - paper)
     _check_one_digit(ink > 0, path.name)
@@ -1366,13 +1366,13 @@ def read_digit(path):
 
 def _even_light(path):
     """A picture as a page in even light, (h, w): about 0 on paper, its longer side 280 pixels."""
-    if not os.path.isfile(path):  # False, too, where looking is not allowed
+    if not os.path.isfile(path):  # False, too, in a folder that may not be read
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and of odd EXIF data
-            with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture)
+            warnings.simplefilter("ignore")  # warnings of large pictures and of odd EXIF data
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
         if picture.mode[0] in "IF":  # 16 or 32 bits
             values = np.asarray(picture, float)
             picture = Image.fromarray(255 * values / values.max().clip(1e-9))
@@ -1391,19 +1391,19 @@ def _even_light(path):
 
 
 def _first_look(page):
-    """The page turned so that ink is dark, and this ink, both (h, w)."""
-    page, ink = _turned(page)
-    # A tight crop may cut through the strokes. With paper around the page they are far darker,
-    # from top to bottom; shadows and the edges of tables are fainter, or lower. The paper is the
-    # median of the left and right edge, where few digits have a bar.
+    """The page, negated if its ink was light, and the ink, both (h, w)."""
+    page, ink = _dark_on_light(page)
+    # In a tight crop the strokes touch the border and look like shadows. With a margin of paper
+    # around the page they are far darker than other ink and span most of its height; shadows and
+    # tables do not. The paper is the median of the left and right edge, which few bars reach.
     padded = np.pad(page, 4, constant_values=np.median(page[:, [0, -1]]))
-    padded, padded_ink = _turned(padded)
+    padded, padded_ink = _dark_on_light(padded)
     is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
     is_dark = padded_ink.max() > max(0.35, 2.2 * ink.max())
     return (padded, padded_ink) if is_tall and is_dark else (page, ink)
 
 
-def _turned(page):
+def _dark_on_light(page):
     """The page, or its negative if that has more of a digit's ink, and this ink, both (h, w)."""
     dark = _dark_ink(page)
     light = _dark_ink(-page)
@@ -1411,7 +1411,7 @@ def _turned(page):
 
 
 def _strength(ink):
-    """Large for ink, (h, w), whose strokes are tall, thin and of much contrast."""
+    """Height times squared contrast over the stroke's width: large for the ink of a digit."""
     return (ink.max(1) ** 2).sum() / _stroke_width(ink > 0)
 
 
@@ -1429,15 +1429,15 @@ def _dark_ink(page):
 
 
 def _strokes(mask):
-    """The pieces of a mask, (h, w) bool, without specks, areas and frames."""
+    """The pieces of a mask, (h, w) bool, without specks, blobs and frames."""
     pieces = label(mask)
     smallest = 0.05 * mask.sum()
     for piece in regionprops(pieces, ndimage.distance_transform_edt(mask)):
-        distance_to_edge = piece.intensity_mean  # a quarter of the piece's width
+        distance_to_edge = piece.intensity_mean  # about a quarter of the piece's width
         is_speck = piece.area < smallest
-        is_area = distance_to_edge > 0.09 * max(piece.image.shape)
+        is_blob = distance_to_edge > 0.09 * max(piece.image.shape)
         is_frame = piece.area_filled - piece.area > 0.8 * piece.area_bbox
-        if is_speck or is_area or is_frame:
+        if is_speck or is_blob or is_frame:
             pieces[piece.slice][piece.image] = 0
     return pieces > 0
 
@@ -1451,12 +1451,12 @@ def _stroke_width(mask):
 
 def _check_one_digit(strokes, name):
     """ValueError unless the strokes, (h, w) bool, can be one digit's."""
+    if not strokes.any():
+        raise _no_digit(name, "there is no ink on it")
     pieces = label(strokes).max()
     columns = label(strokes.any(0)) * strokes  # pieces above each other are one digit's
     heights = [piece.image.shape[0] for piece in regionprops(columns)]
-    digits = sum(height > 0.6 * max(heights) for height in heights)  # lower ones are parts
-    if digits == 0:
-        raise _no_digit(name, "there is no ink on it")
+    digits = sum(height > 0.6 * max(heights) for height in heights)  # shorter ones are parts
     if digits > 1:
         raise _no_digit(name, f"there are {digits} digits side by side")
     if pieces > 4:
@@ -1472,7 +1472,7 @@ def _no_digit(name, problem):
 
 
 def _thicken(ink):
-    """The ink over its mean nearby, (h, w), its strokes widened to at least MNIST's thin ones."""
+    """The ink, (h, w), divided by its mean nearby; strokes thinner than MNIST's are widened."""
     missing = 0.09 * ink.any(1).sum() - _stroke_width(ink > 0)  # MNIST's thin: 9 % of the height
     ink = ink * gaussian(ink > 0, 40) / (gaussian(ink, 40) + 1e-9)
     return ndimage.maximum_filter(ink, max(1, round(1 + missing))).clip(0, 1)
