@@ -1373,6 +1373,8 @@ def _even_light(path):
             warnings.simplefilter("ignore")  # warnings of large pictures and of odd EXIF data
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
+        if max(picture.size) > 280 * min(picture.size):
+            raise ValueError("it is too narrow")
         if picture.mode[0] in "IF":  # 16 or 32 bits
             values = np.asarray(picture, float)
             picture = Image.fromarray(255 * values / values.max().clip(1e-9))
@@ -1380,8 +1382,6 @@ def _even_light(path):
     except Exception as error:  # whatever Pillow stumbles over
         reason = str(error).replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
-    if 0 in picture.size:
-        raise _no_digit(path.name, "it is too narrow")
     grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
     # What is transparent becomes white if the ink is dark, else black.
     ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0
