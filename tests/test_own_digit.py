@@ -414,7 +414,7 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:2000])
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "make, says",
     [
@@ -449,7 +449,7 @@ def test_a_name_too_long_is_told_in_one_sentence():
         utils.read_digit("x" * 5000)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 def test_a_picture_of_108_megapixels_is_read_without_a_warning(seven, tmp_path):
     seven.save(tmp_path / "plain.png")
     seven.resize((9000, 12000)).save(tmp_path / "large.png")
