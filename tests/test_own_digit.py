@@ -440,7 +440,7 @@ def test_what_is_no_picture_of_a_digit_is_told_in_one_sentence(tmp_path, make, s
     make(tmp_path / "mine")
     with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
         utils.read_digit(tmp_path / "mine")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
