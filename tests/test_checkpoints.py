@@ -612,3 +612,10 @@ def test_an_unfinished_run_of_the_largest_model_stays_within_the_limits(
     assert utils.load_checkpoint(tmp_path / "large_best").latent_dim == 1024
     utils.fit(model, *images, **options)
     assert "going on after epoch 1" in capsys.readouterr().out
+
+
+def test_a_model_is_loaded_onto_the_device_that_is_asked_for(tmp_path, model):
+    path = utils.checkpoint_path(tmp_path, "digits")
+    utils.save_checkpoint(path, model, data="digits")
+    assert utils._device(utils.load_checkpoint(path, "meta")).type == "meta"
+    assert utils._device(utils.load_best(tmp_path, "digits", device="meta")).type == "meta"

@@ -463,3 +463,13 @@ def test_bad_arguments_are_named(name, values):
     for value in values:
         with pytest.raises((TypeError, ValueError), match=f"^{name} "):
             utils.load_images(**{"source": "digits", name: value})
+
+
+@pytest.mark.parametrize("name", utils.MNIST_FILES)
+def test_each_of_the_four_files_is_checked(tiny_mnist, name):
+    path = tiny_mnist / "MNIST/raw" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is not MNIST's file"):
+        utils.load_images("mnist", tiny_mnist, val_size=10)

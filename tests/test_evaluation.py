@@ -711,3 +711,26 @@ def test_images_are_checked_at_every_door(model, images, use):
 def test_measures_check_their_arguments(model, images, measure, name, value):
     with pytest.raises((TypeError, ValueError), match=f"^{name} "):
         measure(model, images, **{name: value})
+
+
+@pytest.mark.parametrize("angle", [0.1, 3.0])
+def test_an_arc_may_be_short_or_nearly_half_a_turn(angle):
+    end = torch.tensor([math.cos(angle), math.sin(angle)])
+    path = utils.interpolate(torch.tensor([1.0, 0.0]), end, 5)
+    angles = torch.linspace(0, angle, 5)
+    expected = torch.stack([angles.cos(), angles.sin()], dim=1)
+    torch.testing.assert_close(path, expected, atol=1e-5, rtol=0)
+
+
+def test_rotation_is_bilinear(images):
+    for x, y in zip(images, utils.corrupt(images, "rotation", 30), strict=True):
+        turns = [ndimage.rotate(x[0], a, reshape=False, order=1).clip(0, 1) for a in (-30, 30)]
+        assert min(np.abs(turned - y[0].numpy()).max() for turned in turns) < 1e-3
+
+
+def test_the_first_row_of_a_grid_is_at_the_top(images):
+    figure = utils.digits_grid([images[:3], images[3:5]])
+    (ax,) = figure.axes
+    assert ax.get_ylim() == (2, 0)
+    assert ax.get_xlim() == (0, 3)
+    plt.close(figure)

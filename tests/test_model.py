@@ -339,3 +339,13 @@ def test_samples_repeat_with_their_generator(model):
     first = model.sample(2, torch.Generator().manual_seed(3))
     assert torch.equal(first, model.sample(2, torch.Generator().manual_seed(3)))
     assert not torch.equal(first, model.sample(2, torch.Generator().manual_seed(4)))
+
+
+def test_a_narrow_or_wide_posterior_keeps_its_width():
+    logvar = torch.tensor([[-20.0, 20.0]])
+    mu = torch.zeros(1, 2)
+    expected = 0.5 * (logvar.exp() - 1 - logvar)
+    torch.testing.assert_close(utils.kl_per_dimension(mu, logvar), expected)
+    z = utils.reparameterize(mu, logvar, torch.Generator().manual_seed(0))
+    eps = torch.randn(1, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z, (0.5 * logvar).exp() * eps)

@@ -1196,3 +1196,15 @@ def test_a_run_on_cuda_goes_on_and_ends_like_the_uninterrupted_one(few, best, mo
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor)
     assert utils.load_checkpoint(best, "cuda").decoder.conv[0].bias.is_cuda
+
+
+def test_a_model_in_eval_mode_is_trained_like_any_other(few):
+    """As a loaded one is: else its batch normalisation would learn nothing."""
+    whole, _ = train(few)
+    assert same_weights(train(few, model=fresh().eval())[0], whole)
+
+
+def test_a_trained_model_is_in_eval_mode(few, best):
+    """Else the next look at an image goes through the statistics of its batch, and changes them."""
+    for _ in range(2):  # the second time it is found, finished
+        assert not train(few, best, epochs=1)[0].training
