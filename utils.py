@@ -605,42 +605,48 @@ def fit(
     steps = math.ceil(len(images) / batch_size)  # in an epoch
     optimizer = make_optimizer(network)
     average = _running_average(network, steps)
-    best = copy.deepcopy(network)
+    best = copy.deepcopy(network)  # the running average after its best epoch
     parts = {"model": network, "average": average, "best": best, "optimizer": optimizer}
     came_with = copy.deepcopy(network.state_dict())
-    history = []
-    saved = 0  # the last epoch that is on disk
     with _lock(path) if path else contextlib.nullcontext():
+        history = _restore(path, resume, settings, parts) if path else []
+        saved = len(history)  # epochs that are on disk
         try:
-            if path and resume:
-                history = _restore(path, settings, parts)
-                saved = len(history)
             with _progress_bar(epochs * steps, saved * steps) as bar:
                 for epoch in range(saved + 1, epochs + 1):
                     started = time.perf_counter()
-                    rate = learning_rate_at((epoch - 1) / epochs, learning_rate)
                     train = _train_epoch(
                         model, optimizer, average, images, settings, objective, epoch, bar
                     )
                     val = evaluate(average.module, val_images, num_samples=1, beta=beta)
                     _check_finite(val.loss, f"in the validation after epoch {epoch}")
-                    row = _history_row(epoch, train, val, rate, time.perf_counter() - started)
+                    row = {
+                        "epoch": epoch,
+                        **_named("train", train),
+                        **_named("val", val),
+                        "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
+                        "seconds": time.perf_counter() - started,
+                    }
                     history.append(row)
                     _say(_format_row(row, settings))
-                    if row == _best_row(history):
+                    best_row = min(history, key=lambda row: row["val_loss"])
+                    if row == best_row:
                         best.load_state_dict(average.module.state_dict())
-                    best.metadata = {**metadata, **_best_row(history)}
-                    best.metadata |= {"settings": settings, "history": history.copy()}
-                    if path and _save_run(path, parts, history, settings, first=saved == 0):
+                    about = {"settings": settings, "history": history.copy()}
+                    best.metadata = {**metadata, **best_row, **about}
+                    if path and _save_run(path, parts, is_first=saved == 0):
                         saved = epoch
                     if on_epoch:
                         on_epoch(copy.deepcopy(average.module).eval(), dict(row))
         except BaseException as error:
             network.load_state_dict(came_with)
             network.zero_grad()
+            kept = "Stopped. Nothing of this run is kept: none of its epochs was saved."
+            if saved:
+                kept = f"Stopped. {path} keeps the best of {saved} epochs; the same call goes on."
             if isinstance(error, KeyboardInterrupt | FloatingPointError):
-                raise type(error)(f"{error} {_what_is_kept(path, saved)}".strip()) from None
-            _say(_what_is_kept(path, saved))
+                raise type(error)(f"{error} {kept}".strip()) from None
+            _say(kept)
             raise
     network.load_state_dict(best.state_dict())
     network.metadata = best.metadata
@@ -721,23 +727,9 @@ def _check_finite(loss, where):
         )
 
 
-def _history_row(epoch, train, val, learning_rate, seconds):
-    return {
-        "epoch": epoch,
-        "train_loss": train.loss,
-        "train_bce": train.bce,
-        "train_kl": train.kl,
-        "val_loss": val.loss,
-        "val_bce": val.bce,
-        "val_kl": val.kl,
-        "learning_rate": learning_rate,
-        "seconds": seconds,
-    }
-
-
-def _best_row(history):
-    """The row of the first epoch with the lowest validation loss."""
-    return min(history, key=lambda row: row["val_loss"])
+def _named(name, loss):
+    """ "val" and a Loss -> val_loss, val_bce, val_kl"""
+    return {f"{name}_{part}": value for part, value in loss._asdict().items()}
 
 
 def _format_row(row, settings):
@@ -748,12 +740,6 @@ def _format_row(row, settings):
         f"validation {row['val_loss']:7.2f} = BCE {row['val_bce']:6.2f} + "
         f"{times_beta}KL {row['val_kl']:5.2f} nats   {row['seconds']:5.1f} s"
     )
-
-
-def _what_is_kept(path, saved):
-    if not saved:
-        return "Stopped. Nothing of this run is kept: none of its epochs was saved."
-    return f"Stopped. {path} keeps the best of {saved} epochs; the same call goes on from there."
 
 
 def _say(text):
@@ -802,60 +788,57 @@ def _is_live_notebook():
     return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
 
 
-def _restore(path, settings, parts):
-    """Continue the run of these settings if its files are there: fill the parts with its state.
+def _restore(path, resume, settings, parts):
+    """Fill the parts with the run of these settings if its files are there; return its history.
 
-    Returns its history, which is empty for a new run. CheckpointError for a file that this project
-    did not write.
+    The history is empty for a new run. CheckpointError for a file that this project did not write.
     """
-    if path.exists():
-        found = read_metadata(path)
-        if found.get("settings") == settings and len(found["history"]) == settings["epochs"]:
-            finished = load_checkpoint(path, model_class=type(parts["best"]))
-            parts["best"].load_state_dict(finished.state_dict())
-            parts["best"].metadata = finished.metadata
-            _say_rows(finished.metadata["history"], settings)
-            _say(f"{path} holds this run, finished: it is not trained again")
-            _unfinished(path).unlink(missing_ok=True)
-            return finished.metadata["history"].copy()
+    known = read_metadata(path) if path.exists() else {"settings": None, "history": []}
     state = _read_unfinished(path)
-    if state is None or state["settings"] != settings:
+    if not resume:
+        return []
+    if known.get("settings") == settings and len(known["history"]) == settings["epochs"]:
+        finished = load_checkpoint(path, model_class=type(parts["best"]))
+        state = {"best": finished.state_dict(), "metadata": known}
+    elif state["metadata"].get("settings") != settings:
         return []
     for name, part in parts.items():
-        part.load_state_dict(state[name])
-    _say_rows(state["history"], settings)
-    _say(f"going on after epoch {len(state['history'])} from {_unfinished(path)}")
-    return state["history"]
-
-
-def _say_rows(history, settings):
+        if name in state:
+            part.load_state_dict(state[name])
+    parts["best"].metadata = state["metadata"]
+    history = state["metadata"]["history"].copy()
     for row in history:
         _say(_format_row(row, settings))
+    if len(history) == settings["epochs"]:
+        _say(f"{path} holds this run, finished: it is not trained again")
+    else:
+        _say(f"going on after epoch {len(history)} from {_unfinished(path)}")
+    return history
 
 
-def _save_run(path, parts, history, settings, first):
+def _save_run(path, parts, is_first):
     """Save a run after an epoch and return whether that worked; a failure costs a warning.
 
     What it takes to go on is written before the model, and removed after it at the end: whenever
     the process is killed, the run can go on.
     """
-    unfinished = _unfinished(path)
+    best = parts["best"]
+    settings = best.metadata["settings"]
+    state = {name: part.state_dict() for name, part in parts.items()}
+    buffer = io.BytesIO()
+    torch.save({**state, "metadata": best.metadata}, buffer)
     try:
-        with _telling_of(path):
-            if first:
+        with _telling_of(path, "written"):
+            if is_first:
                 _set_aside(path, settings)
-            if len(history) < settings["epochs"]:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                buffer = io.BytesIO()
-                torch.save({**state, "settings": settings, "history": history}, buffer)
-                _write(unfinished, buffer.getvalue())
-            _write(path, _pack(parts["best"], parts["best"].metadata))
-            if len(history) == settings["epochs"]:
-                unfinished.unlink(missing_ok=True)
+            _write(_unfinished(path), buffer.getvalue())
+            _write(path, _pack(best, best.metadata))
+            if len(best.metadata["history"]) == settings["epochs"]:
+                _unfinished(path).unlink()
         return True
     except CheckpointError as error:
         warnings.warn(
-            f"{error}. Training goes on; if the last epoch cannot be saved either, "
+            f"{error} Training goes on; if the last epoch cannot be saved either, "
             "utils.save_checkpoint(PATH, model) saves the trained model elsewhere.",
             stacklevel=3,
         )
@@ -868,33 +851,34 @@ def _unfinished(path):
 
 
 def _read_unfinished(path):
-    """What it takes to go on with the run whose model is at `path`; None if there is nothing."""
+    """What it takes to go on with the run whose model is at `path`."""
     unfinished = _unfinished(path)
     if not unfinished.exists():
-        return None
+        return {"metadata": {}}
     try:
         state = torch.load(unfinished, map_location="cpu", weights_only=True)
-        state["settings"], state["history"]  # a file of somebody else has neither
-        return state
+        return {**state, "metadata": dict(state["metadata"])}
     except MemoryError:
         raise
     except Exception:  # whatever a reader stumbles over, the file is at fault
         raise CheckpointError(
-            f"{unfinished} is no sound file of an unfinished run: delete it to start anew"
+            f"{unfinished} is no sound file of an unfinished run: delete it to start anew."
         ) from None
 
 
 def _set_aside(path, settings):
     """Rename the files of another run, model and state alike, and say what differs."""
-    unfinished = _unfinished(path)
-    if not path.exists() and not unfinished.exists():
+    if path.exists():
+        known = read_metadata(path)
+    elif _unfinished(path).exists():
+        known = _read_unfinished(path)["metadata"]
+    else:
         return
-    known = read_metadata(path) if path.exists() else _read_unfinished(path)
-    differences = _differences(known.get("settings", {}), settings)
     aside = _free_name(path)
-    for old, new in ((path, aside), (unfinished, _unfinished(aside))):
+    for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
             old.rename(new)
+    differences = _differences(known.get("settings", {}), settings)
     _say(f"{path} held another run ({differences}), which is now {aside.name}")
 
 
@@ -956,8 +940,8 @@ def _tell(value):
         return str(list(value)), list(value.values())
     if isinstance(value, functools.partial):
         return "partial", [value.func, value.args, value.keywords]
-    if isinstance(value, staticmethod | classmethod | types.MethodType):
-        return "method", [value.__func__, getattr(value, "__self__", None)]
+    if isinstance(value, types.MethodType):
+        return "method", [value.__func__, value.__self__]
     if isinstance(value, property):
         return "property", [value.fget]
     if isinstance(value, nn.Module):
@@ -1038,7 +1022,7 @@ def save_checkpoint(path, model, *, allow_reference=False, **metadata):
     network = getattr(model, "_orig_mod", model)  # the model that torch.compile has wrapped
     _check_model(network)
     content = _pack(network, {**getattr(network, "metadata", {}), **metadata})
-    with _lock(path), _telling_of(path):
+    with _lock(path), _telling_of(path, "written"):
         _write(path, content)
 
 
@@ -1093,40 +1077,26 @@ def load_best(folder, data_name, variational=True, device="cpu"):
             continue
         try:
             model = load_checkpoint(path, device)
-            _check_is(model.metadata, path, data_of_model, variational)
+            known = model.metadata
+            is_as_named = known.get("data") == data_of_model and known["variational"] == variational
+            if not is_as_named or known.get("left_out") is not None:
+                raise CheckpointError(
+                    f"{path} is not what its name says: data {known.get('data')}, variational "
+                    f"{known['variational']}, without the digit {known.get('left_out')}."
+                )
         except CheckpointError as error:
             _say(f"Left out: {error}")
             problem = error
             continue
         whose = "your own" if path == own else "the reference"
-        _say(f"{path}: {whose}, {_summary(model.metadata)}")
+        beta = known.get("settings", {}).get("beta", 1)
+        _say(
+            f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta {beta:g}, epoch "
+            f"{known.get('epoch')} of {len(known.get('history', []))}, validation loss "
+            f"{known.get('val_loss', math.nan):.2f} nats, saved {known['saved']}"
+        )
         return model
     raise problem
-
-
-def _check_is(known, path, data_name, variational):
-    """CheckpointError unless a model is what the name of its file says."""
-    if known.get("data") != data_name:
-        raise CheckpointError(f"{path} is a model of the data {known.get('data')}, not {data_name}")
-    if known.get("left_out") is not None:
-        raise CheckpointError(f"{path} is a model that never saw the digit {known['left_out']}")
-    if known["variational"] != variational:
-        kind = "a VAE" if known["variational"] else "a plain autoencoder"
-        raise CheckpointError(f"{path} is {kind}, unlike its name")
-
-
-def _summary(known):
-    """ "32 latent dimensions, epoch 20 of 20, validation loss 91.52 nats, saved 2026-11-29" """
-    beta = known.get("settings", {}).get("beta", 1)
-    parts = [
-        f"{known['latent_dim']} latent dimensions",
-        f"epoch {known.get('epoch')} of {len(known.get('history', []))}",
-        f"validation loss {known.get('val_loss', math.nan):.2f} nats",
-        f"saved {known['saved']}",
-    ]
-    if beta != 1:
-        parts.insert(1, f"beta {beta:g}")
-    return ", ".join(parts)
 
 
 def _path_to_write(value, name, allow_reference=False):
@@ -1252,24 +1222,19 @@ def _behaviour(model):
         logits = model.decode(mu)
     outputs = [mu, logits] if logvar is None else [mu, logits, logvar]
     found = [float(output.square().mean()) for output in outputs]
-    weights = model.state_dict().values()
-    if not all(tensor.isfinite().all() for tensor in weights) or not np.isfinite(found).all():
-        raise CheckpointError("the model holds NaN or infinity, or computes it: it is not saved")
+    if not np.isfinite(found).all():
+        raise CheckpointError("the model computes NaN or infinity: it is not saved.")
     return found
 
 
 def _read(path):
     """The content of a checkpoint's file."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a checkpoint of this project: it is no file")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         raise FileNotFoundError(
             f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be read ({error.strerror})") from None
+        )
+    with _telling_of(path, "read"):
+        return path.read_bytes()
 
 
 def _write(path, content):
@@ -1287,12 +1252,12 @@ def _write(path, content):
 
 
 @contextlib.contextmanager
-def _telling_of(path):
-    """Turn what a disk says into a sentence about `path`."""
+def _telling_of(path, action):
+    """Turn what a disk says into a sentence about `path`, that could not be read or written."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror})") from None
+        raise CheckpointError(f"{path} could not be {action} ({error.strerror}).") from None
 
 
 @contextlib.contextmanager
@@ -1303,7 +1268,7 @@ def _lock(path):
     """
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        with _telling_of(path):
+        with _telling_of(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
     except filelock.Timeout:
