@@ -164,14 +164,26 @@ def save_references():
 
 
 # ---------------------------------------- Edits ----------------------------------------
-# What the README invites to change: replacements of text in utils.py, trained like the VAE.
+
+
+class Edit(NamedTuple):
+    """What the README invites to change: as it says so, and as replacements in utils.py."""
+
+    text: str
+    replacements: list
+
 
 EDITS = {
-    "`nn.GELU()` → `nn.ReLU()`": [("nn.GELU()", "nn.ReLU()")],
-    "no batch normalisation": [("nn.BatchNorm2d(", "nn.Identity(")],
-    "no weight decay: `WEIGHT_DECAY = 0.0`": [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")],
-    "half the width of the dense layers: 384 → 192": [("384", "192")],
-    "`latent_dim=32` → `latent_dim=16`": [("latent_dim=32", "latent_dim=16")],
+    "relu": Edit("`nn.GELU()` → `nn.ReLU()`", [("nn.GELU()", "nn.ReLU()")]),
+    "no batch normalisation": Edit(
+        "no batch normalisation: `nn.BatchNorm2d(` → `nn.Identity(`",
+        [("nn.BatchNorm2d(", "nn.Identity(")],
+    ),
+    "no weight decay": Edit(
+        "no weight decay: `WEIGHT_DECAY = 0.0`", [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")]
+    ),
+    "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
+    "latent 16": Edit("`latent_dim=32` → `latent_dim=16`", [("latent_dim=32", "latent_dim=16")]),
 }
 TRAIN_EDITED = """
 import sys
@@ -190,10 +202,10 @@ utils.fit(model, *images, checkpoint=checkpoint, metadata=metadata)
 """
 
 
-def edited(replacements):
-    """The text of utils.py after replacements of text; ValueError if one of them does not fit."""
+def edited(edit):
+    """The text of utils.py after an edit; ValueError if the edit does not fit it."""
     text = (ROOT / "utils.py").read_text(encoding="utf-8")
-    for old, new in replacements:
+    for old, new in edit.replacements:
         if old not in text:
             raise ValueError(f"utils.py does not contain {old!r}")
         text = text.replace(old, new)
@@ -201,12 +213,12 @@ def edited(replacements):
 
 
 def measure_edit(name):
-    """Train an edited copy of utils.py in a process of its own; its lowest validation loss."""
-    path = RUNS / f"edit{list(EDITS).index(name)}_best.safetensors"
+    """Train an edited copy of utils.py in a process of its own; keep its validation loss."""
+    path = run_path(f"edit {name}", 0)
     if is_finished(path):
         print(f"{path.name} is finished, and not trained again", flush=True)
     else:
-        print(f"training {path.name}: {name}", flush=True)
+        print(f"training {path.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "utils.py").write_text(edited(EDITS[name]), encoding="utf-8")
             arguments = [ROOT / "data", path, torch.get_num_threads()]
@@ -214,8 +226,8 @@ def measure_edit(name):
             subprocess.run(command, cwd=folder, check=True)
     known = utils.read_metadata(path)
     figures = {
+        "edit": EDITS[name].text,
         "validation loss": known["val_loss"],
-        "epoch": known["epoch"],
         "parameters": known["parameters"],
         "seconds": sum(row["seconds"] for row in known["history"]),
     }
