@@ -407,7 +407,7 @@ TUNING_IMAGES = 1000  # validation images on which scores are chosen, and as man
 MIXTURE_IMAGES = 20_000  # training images it is fitted to: fewer than all, for speed
 
 
-def mixture_of(model, data, seed, num_components=NUM_COMPONENTS):
+def mixture_of(model, data, seed, num_components):
     return utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], num_components, seed)
 
 
@@ -574,7 +574,7 @@ def spread_evenly(images, n):
 
 def measure_images(data, model, seed):
     """Errors and anomaly scores of every image, from one reconstruction of each."""
-    mixture = mixture_of(model, data, seed)
+    mixture = mixture_of(model, data, seed, NUM_COMPONENTS)
     test = data.test.images
     arrays = {"input": {}, "error": {}, "reconstruction": {}, "density": {}}
 
