@@ -60,6 +60,11 @@ def mean(m, section, name, *keys):
     return statistics.mean(per_seed(m, section, name, *keys))
 
 
+def measured(m, section, names):
+    """Those of the models of which a section knows something; KeyError if it is not there."""
+    return [name for name in names if name in m[section]]
+
+
 def spread(values, digits=1):
     """Mean and standard deviation over seeds; of one seed, the number alone."""
     text = f"{statistics.mean(values):.{digits}f}"
@@ -145,9 +150,7 @@ def test_set(m):
 
 def models(m):
     rows = []
-    for name in [*THREE_SEEDS, *ONE_SEED]:
-        if name in ONE_SEED and name not in m["test"]:
-            continue
+    for name in measured(m, "test", [*THREE_SEEDS, *ONE_SEED]):
         bce, kl, error, active = (
             spread(per_seed(m, "test", name, *keys), digits)
             for keys, digits in (
@@ -166,7 +169,7 @@ def models(m):
 def robustness(m):
     """Where the VAE stands against each model: counts of levels, and of which kinds."""
     rows = []
-    for name in [*THREE_SEEDS[1:], "nothing"]:
+    for name in measured(m, "compare", [*THREE_SEEDS[1:], "nothing"]):
         standings = standings_of(m, name, "error")
         cells = []
         for which in ("ahead", "behind"):
@@ -183,11 +186,12 @@ def differences(m, quantity, digits):
 
     Bold where the VAE is ahead, italic where it is behind.
     """
-    others = MAIN[1:]
-    if quantity == "error":
-        others = [*others, "nothing"]
+    others = measured(m, "compare", MAIN[1:])
     rows = []
-    for key in m["compare"]["ae12"][quantity]:
+    keys = m["compare"][others[0]][quantity]
+    if quantity == "error":
+        others.append("nothing")
+    for key in keys:
         own = spread(per_seed(m, "test", "vae", quantity, key), digits)
         cells = [difference(m["compare"][name][quantity][key], digits) for name in others]
         rows.append([key, own, *cells])
@@ -207,7 +211,7 @@ def anomaly_kinds(m):
     """At how many kinds of anomaly the VAE stands where, and at which it is behind."""
     rows = []
     for score in SCORES:
-        for name in THREE_SEEDS[1:]:
+        for name in measured(m, "compare", THREE_SEEDS[1:]):
             standings = standings_of(m, name, f"auroc {score}")
             ahead = list(standings.values()).count("ahead")
             behind = [kind for kind, standing in standings.items() if standing == "behind"]
@@ -313,15 +317,16 @@ def benchmark(m):
 
 def results(m):
     """The one table of the README."""
+    names = measured(m, "test", MAIN)
     rows = []
     for level in ("clean", "noise 0.3", "occlusion 12", "blur 1.5", "dimming 0.6", "rotation 20"):
-        cells = [spread(per_seed(m, "test", name, "error", level)) for name in MAIN]
+        cells = [spread(per_seed(m, "test", name, "error", level)) for name in names]
         rows.append([f"{level}, error ↓", *bold_best(cells)])
     for kind in ("mirrored", "letters"):
         keys = ("auroc reconstruction", kind)
-        cells = [spread(per_seed(m, "test", name, *keys), 3) for name in MAIN]
+        cells = [spread(per_seed(m, "test", name, *keys), 3) for name in names]
         rows.append([f"{kind}, AUROC ↑", *bold_best(cells, higher_is_better=True)])
-    return pd.DataFrame(rows, columns=["", *(NAMES[name] for name in MAIN)])
+    return pd.DataFrame(rows, columns=["", *(NAMES[name] for name in names)])
 
 
 # ---------------------------------------- Texts ----------------------------------------
@@ -329,10 +334,10 @@ def results(m):
 
 
 def headline(m):
-    loss = spread(per_seed(m, "test", "vae", "loss"), 2)
+    losses = per_seed(m, "test", "vae", "loss")
     return (
-        f"**{loss} nats per test image** (-ELBO; mean and standard deviation over three seeds) "
-        "after 20 epochs."
+        f"**{spread(losses, 2)} nats per test image** after 20 epochs (-ELBO; mean and standard "
+        f"deviation over {len(losses)} trainings)."
     )
 
 
@@ -382,27 +387,31 @@ def verdict(m):
 
 
 def robustness_text(m):
-    clean = {name: f"{mean(m, 'test', name, 'error', 'clean'):.1f}" for name in MAIN}
     items = []
-    for name, label in (
-        ("ae12", f"AE 12 ({clean['ae12']})"),
-        ("ae32", f"AE 32 ({clean['ae32']})"),
-        ("ae32 noisy code", f"*AE 32, noisy code* ({clean['ae32 noisy code']})"),
-        ("nothing", "the corrupted image itself, that is, doing nothing"),
-    ):
+    for name in measured(m, "compare", [*MAIN[1:], "nothing"]):
         standings = standings_of(m, name, "error")
         parts = []
         for which in ("ahead", "behind"):
             kinds = levels_by_kind(standings, which)
             named = [f"{kind} {count}" for kind, count in kinds.items()]
             parts.append(f"{which} at {sum(kinds.values())}{in_brackets(named)}")
-        items.append(f"- against {label}: {', '.join(parts)}")
-    return (
-        f"**{answer(m)}** Of {len(standings)} levels of corruption, at which the VAE is ahead and "
-        f"at which behind (in brackets the error on clean digits; the VAE's is {clean['vae']}):\n\n"
-        + "\n".join(items)
-        + f"\n\n{denoising_text(m)}"
+        items.append(f"- against {label(m, name)}: {', '.join(parts)}")
+    own = mean(m, "test", "vae", "error", "clean")
+    text = (
+        f"**{answer(m)}** The VAE's error on clean digits is {own:.1f}; those of others stand in "
+        f"brackets. Of {len(standings)} levels of corruption it is\n\n"
     )
+    text += "\n".join(items)
+    if "ae32 denoising" in m["test"]:
+        text += f"\n\n{denoising_text(m)}"
+    return text
+
+
+def label(m, name):
+    """ "AE 32 (1.8)", the number being the error on clean digits."""
+    if name == "nothing":
+        return "the corrupted image itself, that is, doing nothing"
+    return f"{NAMES[name]} ({mean(m, 'test', name, 'error', 'clean'):.1f})"
 
 
 def answer(m):
@@ -431,21 +440,21 @@ def denoising_text(m):
 
 def anomalies_text(m):
     items = []
-    for name in MAIN[1:]:
+    for name in measured(m, "compare", MAIN[1:]):
         standings = standings_of(m, name, "auroc reconstruction")
         ahead = list(standings.values()).count("ahead")
         behind = [kind for kind, standing in standings.items() if standing == "behind"]
-        label = NAMES[name] if name in SMALL else f"*{NAMES[name]}*"
         items.append(
-            f"- against {label}: ahead at {ahead}, behind at {len(behind)}{in_brackets(behind)}"
+            f"- against {NAMES[name]}: ahead at {ahead}, behind at "
+            f"{len(behind)}{in_brackets(behind)}"
         )
     text = (
         f"Of {len(standings)} kinds of anomaly, by the AUROC of the anomaly score, the VAE is\n\n"
-        + "\n".join(items)
     )
-    if "left out, seed 0" not in m:
-        return text
-    return f"{text}\n\n{left_out_text(m)}"
+    text += "\n".join(items)
+    if "left out, seed 0" in m:
+        text += f"\n\n{left_out_text(m)}"
+    return text
 
 
 def left_out_text(m):

@@ -140,12 +140,17 @@ def load(name, seed, left_out=None):
     """The model at the best epoch of a finished run; the program ends if there is none."""
     path = run_path(name, seed, left_out)
     if not is_finished(path):
-        command = "train" if left_out is None else "left-out"
-        sys.exit(
-            f"{path} is missing or not finished: "
-            f'python tests/measure.py {command} --models "{name}" --seeds {seed}'
-        )
+        sys.exit(missing(name, seed, left_out))
     return utils.load_checkpoint(path, DEVICE, MODELS[name].model_class)
+
+
+def missing(name, seed, left_out=None):
+    """The sentence that says that a run is missing, and what trains it."""
+    command = "train" if left_out is None else "left-out"
+    return (
+        f"{run_path(name, seed, left_out)} is missing or not finished: "
+        f'python tests/measure.py {command} --models "{name}" --seeds {seed}'
+    )
 
 
 REFERENCES = {
@@ -904,6 +909,14 @@ def main():
     run(arguments.command, arguments.models, arguments.seeds, arguments.edits)
 
 
+def is_there(name, seed):
+    """Whether a run is finished; if not, a line says so, and the others go on."""
+    if is_finished(run_path(name, seed)):
+        return True
+    print(f"left out: {missing(name, seed)}", flush=True)
+    return False
+
+
 def run(command, names, seeds, edits):
     if command == "card":
         import card
@@ -925,6 +938,8 @@ def run(command, names, seeds, edits):
     if command == "compare":
         compare(jobs)
         return
+    if command not in ("train", "left-out"):
+        jobs = [job for job in jobs if is_there(*job)]
     data = utils.load_images("mnist", ROOT / "data")
     if command == "samples":
         measure_samples(data, jobs)

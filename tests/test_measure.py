@@ -422,6 +422,7 @@ def untrained(name, seed, left_out=None):
 def test_from_measuring_to_the_card(small, runs, monkeypatch):
     """All that the pages show is written by some command, under the names that they ask for."""
     monkeypatch.setattr(measure, "load", untrained)
+    monkeypatch.setattr(measure, "is_finished", lambda path: True)
     monkeypatch.setattr(measure, "train", lambda *arguments, **options: None)
     monkeypatch.setattr(measure, "MIXTURE_IMAGES", 40)
     monkeypatch.setattr(measure, "COMPONENTS", (1, 2))
@@ -507,7 +508,7 @@ def test_the_verdict_says_what_the_numbers_say(standings, answer, counts):
     text = card.verdict(m)
     assert text.startswith(f"**{answer}")
     assert text.count(counts) == 4
-    assert "Of 3 levels" in text and "- against AE 12 (6.0):" in text
+    assert "Of 3 levels" in text and "- against AE 12 (6.0): ahead" in text
     assert "at noise 0.3 its error is 4.0, the VAE's 47.0" in text
     assert text.count("ahead at 2, behind at 1 (letters)") == 3
 
