@@ -1,17 +1,19 @@
-"""The tables of README.md and of the model card, from models_mnist/reference.json.
+"""What the pages say about measured numbers, written from models_mnist/reference.json.
 
     python tests/measure.py card
 
-A page says where a table goes by two comments, <!-- table: NAME --> and <!-- end -->; what stands
-between them is written here. Prose is written by hand. Where it quotes measured numbers, it stands
-between <!-- numbers: KEY; KEY --> and <!-- end -->, the keys being those of `numbers` in the order
-of the text, and `misquoted` tells which of its numbers are not those that were measured.
+A page says where a table or a paragraph goes by two comments, <!-- table: NAME --> or
+<!-- text: NAME --> and <!-- end -->; what stands between them is written here. Nothing that a
+command measures is typed by hand.
 """
 
 import json
 import re
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,16 +26,17 @@ NAMES = {
     "ae32 noisy code": "AE 32, noisy code",
     "ae32 denoising": "AE 32, denoising",
     "vae denoising": "VAE, denoising",
+    "vae 2d": "VAE, 2 dimensions",
     "ae8": "AE 8",
     "ae16": "AE 16",
     "vae beta 0.25": "VAE, β = 0.25",
     "vae beta 4": "VAE, β = 4",
     "nothing": "doing nothing",
 }
-MAIN = list(NAMES)[:6]  # three seeds each
-OTHERS = list(NAMES)[6:10]  # one seed each
-SMALL = MAIN[:3]
-STANDINGS = ("ahead", "undecided", "behind")
+THREE_SEEDS = list(NAMES)[:6]
+ONE_SEED = list(NAMES)[6:11]
+MAIN = THREE_SEEDS[:4]  # in the README
+SMALL = THREE_SEEDS[:3]
 SCORES = ("reconstruction", "density")
 NOT_MEASURED = "*Not measured yet:"
 
@@ -42,21 +45,32 @@ NOT_MEASURED = "*Not measured yet:"
 
 
 def per_seed(m, section, name, *keys):
-    """A number of a model, seed by seed."""
+    """A number of a model, seed by seed; KeyError if there is none."""
     found = []
     for figures in m[section][name].values():
         for key in keys:
             figures = figures[key]
         found.append(figures)
+    if not found:
+        raise KeyError(name)
     return found
+
+
+def mean(m, section, name, *keys):
+    return statistics.mean(per_seed(m, section, name, *keys))
+
+
+def measured(m, section, names):
+    """Those of the models of which a section knows something; KeyError if it is not there."""
+    return [name for name in names if name in m[section]]
 
 
 def spread(values, digits=1):
     """Mean and standard deviation over seeds; of one seed, the number alone."""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    text = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+        return text
+    return f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def percent(values, digits=1):
@@ -68,8 +82,8 @@ def bold_best(cells, higher_is_better=False):
     means = [float(cell.split(" ± ")[0]) for cell in cells]
     best = max(means) if higher_is_better else min(means)
     marked = []
-    for cell, mean in zip(cells, means, strict=True):
-        marked.append(f"**{cell}**" if mean == best else cell)
+    for cell, value in zip(cells, means, strict=True):
+        marked.append(f"**{cell}**" if value == best else cell)
     return marked
 
 
@@ -87,248 +101,157 @@ def kind_of(level):
     return level.rpartition(" ")[0]
 
 
-def standing_of_kind(standings):
-    """Where a model stands at one kind of corruption, by its standings at the kind's levels.
-
-    "ahead": ahead at more than half of the levels and behind at none. "behind" likewise.
-    """
-    ahead = standings.count("ahead")
-    behind = standings.count("behind")
-    if behind == 0 and ahead > len(standings) / 2:
-        return "ahead"
-    if ahead == 0 and behind > len(standings) / 2:
-        return "behind"
-    return "undecided"
+def standings_of(m, name, quantity):
+    """{level or kind: where the VAE stands against a model}, without the clean images."""
+    figures = m["compare"][name][quantity]
+    return {key: figures[key]["standing"] for key in figures if key != "clean"}
 
 
-def standings_of_kinds(comparison):
-    """{kind of corruption: standing} from the comparison of one model at every level."""
-    levels = {}
-    for level, figures in comparison.items():
-        if level != "clean":
-            levels.setdefault(kind_of(level), []).append(figures["standing"])
-    return {kind: standing_of_kind(standings) for kind, standings in levels.items()}
+def levels_by_kind(standings, which):
+    """At how many levels of each kind of corruption a model stands so: {kind: count}."""
+    return Counter(kind_of(level) for level, standing in standings.items() if standing == which)
 
 
-def listed(standings, which):
-    """The names that stand so, after their number: "2: blur, rotation"."""
-    names = [name for name, standing in standings.items() if standing == which]
-    if not names:
-        return "0"
-    return f"{len(names)}: {', '.join(names)}"
+def listed(names):
+    """ "noise, blur and rotation"."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def in_brackets(names):
+    """ " (noise and blur)", or nothing for no names."""
+    return f" ({listed(names)})" if names else ""
 
 
 # ---------------------------------------- Tables ----------------------------------------
-# Each takes the content of reference.json and returns text or a DataFrame of text.
-
-
-def headline(m):
-    loss = spread(per_seed(m, "test", "vae", "loss"), 2)
-    return (
-        f"**{loss} nats per test image** (-ELBO; mean and standard deviation over three seeds) "
-        "after 20 epochs."
-    )
+# Each takes the content of reference.json and returns a DataFrame of text.
 
 
 def test_set(m):
     rows = []
-    for text, section, key, digits in (
-        ("-ELBO, 10,000 images, 10 samples of z each", "test", "loss", 2),
-        ("of it BCE", "test", "bce", 2),
-        ("of it KL", "test", "kl", 2),
-        ("active units, of 32", "test", "active units", 1),
-        ("-ELBO, 1,000 images", "likelihood", "loss grey", 2),
-        ("-log p(x), the same images", "likelihood", "nll grey", 2),
-        ("-ELBO, the same images binarised", "likelihood", "loss binarised", 2),
-        ("-log p(x), the same images binarised", "likelihood", "nll binarised", 2),
+    for text, section, key in (
+        ("-ELBO, 10,000 images, 10 samples of z each", "test", "loss"),
+        ("its BCE", "test", "bce"),
+        ("its KL", "test", "kl"),
+        ("-ELBO, 1,000 images", "likelihood", "loss grey"),
+        ("-log p(x), the same images", "likelihood", "nll grey"),
+        ("-ELBO, the same images binarised", "likelihood", "loss binarised"),
+        ("-log p(x), the same images binarised", "likelihood", "nll binarised"),
     ):
-        values = per_seed(m, section, "vae", key)
-        each = ", ".join(f"{value:.{digits}f}" for value in values)
         over_images = ""
         if key.startswith(("loss", "nll")):
-            errors_of_seeds = per_seed(m, section, "vae", f"{key}, standard error")
-            over_images = f"{max(errors_of_seeds):.{digits}f}"
-        rows.append([text, spread(values, digits), each, over_images])
-    columns = ["nats per image", "mean ± spread over seeds", "by seed, from 0"]
-    return pd.DataFrame(rows, columns=[*columns, "standard error over images"])
+            errors = per_seed(m, section, "vae", f"{key}, standard error")
+            over_images = f"{max(errors):.2f}"
+        rows.append([text, spread(per_seed(m, section, "vae", key), 2), over_images])
+    columns = ["nats per image", "mean ± spread over seeds", "standard error over images"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def models(m):
     rows = []
-    for name in MAIN:
-        rows.append(
-            [
-                NAMES[name],
-                ", ".join(m["test"][name]),
-                spread(per_seed(m, "test", name, "bce")),
-                spread(per_seed(m, "test", name, "kl")),
-                spread(per_seed(m, "test", name, "error", "validation"), 2),
-                spread(per_seed(m, "test", name, "error", "clean"), 2),
-                spread(per_seed(m, "test", name, "active units"), 0),
-            ]
+    for name in measured(m, "test", [*THREE_SEEDS, *ONE_SEED]):
+        bce, kl, error, active = (
+            spread(per_seed(m, "test", name, *keys), digits)
+            for keys, digits in (
+                (["bce"], 1),
+                (["kl"], 1),
+                (["error", "clean"], 2),
+                (["active units"], 0),
+            )
         )
-    columns = ["model", "seeds", "BCE, nats", "KL, nats"]
-    columns += ["squared error, validation", "squared error, test", "active units"]
-    return pd.DataFrame(rows, columns=columns)
+        labels = percent(per_seed(m, "test", name, "labels by 5 nearest codes"))
+        rows.append([NAMES[name], bce, kl, error, active, labels])
+    columns = ["model", "BCE, nats", "KL, nats", "squared error"]
+    return pd.DataFrame(rows, columns=[*columns, "active units", "right label, %"])
 
 
-def errors(m, names, quantity, levels):
-    """Squared errors of models (columns) at levels of corruption (rows), the lowest in bold."""
+def robustness(m):
+    """Where the VAE stands against each model: counts of levels, and of which kinds."""
     rows = []
-    for level in levels:
-        cells = [spread(per_seed(m, "test", name, quantity, level)) for name in names]
-        rows.append([level, *bold_best(cells)])
-    return pd.DataFrame(rows, columns=["squared error ↓", *(NAMES[name] for name in names)])
-
-
-def all_levels(m):
-    return [level for level in m["test"]["vae"]["0"]["error"] if level != "validation"]
-
-
-def one_pass(m):
-    return errors(m, [*MAIN, "nothing"], "error", all_levels(m))
-
-
-def rate_and_distortion(m):
-    rows = []
-    for name in ["vae", *OTHERS]:
-        if name not in m["test"]:
-            continue
-        cells = [spread(per_seed(m, "test", name, key)) for key in ("bce", "kl")]
-        active = spread(per_seed(m, "test", name, "active units"), 0)
-        rows.append([NAMES[name], ", ".join(m["test"][name]), *cells, active])
-    columns = ["model", "seeds", "BCE, nats", "KL, nats", "active units"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def optimised(m):
-    """On the same 500 images: one pass above, optimised codes below."""
-    names = [*MAIN, "nothing"]
-    levels = list(m["test"]["vae"]["0"]["optimised"])
-    before = errors(m, names, "error of the same 500", levels)
-    after = errors(m, names, "optimised", levels)
-    before.insert(1, "codes", "one pass")
-    after.insert(1, "codes", "optimised")
-    return pd.concat([before, after]).sort_index(kind="stable")
-
-
-def kinds(m):
-    """At how many of the six kinds of corruption the VAE stands where."""
-    rows = []
-    for quantity, codes in (("error", "one pass"), ("optimised", "optimised")):
-        for name, comparisons in compared(m).items():
-            standings = standings_of_kinds(comparisons[quantity])
-            cells = [listed(standings, which) for which in STANDINGS]
-            levels = [level_counts(comparisons[quantity], which) for which in ("ahead", "behind")]
-            rows.append([NAMES[name], codes, *cells, *levels])
-    columns = ["VAE against", "codes", "kinds ahead", "undecided", "behind"]
-    columns += ["levels ahead (p < .05)", "levels behind (p < .05)"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def level_counts(comparison, which):
-    """ "15 (11)": the levels at which a model stands so, and of these by Welch's test, too."""
-    chosen = [
-        figures
-        for level, figures in comparison.items()
-        if level != "clean" and figures["standing"] == which
-    ]
-    significant = [one for one in chosen if one["welch p"] is not None and one["welch p"] < 0.05]
-    return f"{len(chosen)} ({len(significant)})"
-
-
-def anomaly_kinds(m):
-    """At how many kinds of anomaly the VAE stands where."""
-    rows = []
-    for score in SCORES:
-        for name, comparisons in compared(m).items():
-            if name == "nothing":
-                continue
-            figures = comparisons[f"auroc {score}"]
-            standings = {kind: figures[kind]["standing"] for kind in figures}
-            cells = [listed(standings, which) for which in ("ahead", "behind")]
-            undecided = list(standings.values()).count("undecided")
-            rows.append([NAMES[name], score, cells[0], str(undecided), cells[1]])
-    columns = ["VAE against", "score", "ahead", "undecided", "behind"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def compared(m):
-    """The comparisons with each model, in the order of the tables."""
-    return {name: m["compare"][name] for name in [*MAIN[1:], "nothing"]}
+    for name in measured(m, "compare", [*THREE_SEEDS[1:], "nothing"]):
+        standings = standings_of(m, name, "error")
+        cells = []
+        for which in ("ahead", "behind"):
+            kinds = levels_by_kind(standings, which)
+            counts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+            total = sum(kinds.values())
+            cells.append(f"**{total}**: {counts}" if total else "**0**")
+        rows.append([NAMES[name], *cells])
+    return pd.DataFrame(rows, columns=["VAE against", "ahead at", "behind at"])
 
 
 def differences(m, quantity, digits):
-    """The VAE less each other model; bold where the VAE is ahead, italic where it is behind."""
-    others = compared(m)
-    if quantity.startswith("auroc"):
-        del others["nothing"]
+    """The VAE's own numbers, then the VAE less each other model.
+
+    Bold where the VAE is ahead, italic where it is behind.
+    """
+    others = measured(m, "compare", MAIN[1:])
     rows = []
-    for kind in others["ae12"][quantity]:
-        cells = [difference(others[name][quantity][kind], digits) for name in others]
-        rows.append([kind, *cells])
-    return pd.DataFrame(rows, columns=["VAE less", *(NAMES[name] for name in others)])
+    keys = m["compare"][others[0]][quantity]
+    if quantity == "error":
+        others.append("nothing")
+    for key in keys:
+        own = spread(per_seed(m, "test", "vae", quantity, key), digits)
+        cells = [difference(m["compare"][name][quantity][key], digits) for name in others]
+        rows.append([key, own, *cells])
+    names = [f"less {NAMES[name]}" for name in others]
+    return pd.DataFrame(rows, columns=["", "VAE", *names])
 
 
 def difference(figures, digits):
-    """ "-18.9 (0.2; .003)": mean over seeds (largest standard error over images; Welch's p)."""
-    mean = statistics.mean(figures["difference"])
+    """ "**-18.9** (0.2)": mean over seeds (largest standard error over images)."""
+    value = statistics.mean(figures["difference"])
     error = max(figures["standard error"])
-    p_text = p_value(figures["welch p"])
     mark = {"ahead": "**", "behind": "*", "undecided": ""}[figures["standing"]]
-    return f"{mark}{mean:+.{digits}f}{mark} ({error:.{digits}f}; {p_text})"
+    return f"{mark}{value:+.{digits}f}{mark} ({error:.{digits}f})"
 
 
-def p_value(p):
-    if p is None:
-        return "–"
-    return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0")
-
-
-def anomalies(m, score, names):
+def anomaly_kinds(m):
+    """At how many kinds of anomaly the VAE stands where, and at which it is behind."""
     rows = []
-    for kind in m["test"]["vae"]["0"][f"auroc {score}"]:
-        values = [per_seed(m, "test", name, f"auroc {score}", kind) for name in names]
-        if kind == "black":  # a spread would hide that one seed is at the other end
-            cells = [", ".join(f"{value:.2f}" for value in of_model) for of_model in values]
-        else:
-            cells = [spread(of_model, 3) for of_model in values]
-            cells = bold_best(cells, higher_is_better=True)
-        rows.append([kind, *cells])
-    return pd.DataFrame(rows, columns=["AUROC ↑", *(NAMES[name] for name in names)])
+    for score in SCORES:
+        for name in measured(m, "compare", THREE_SEEDS[1:]):
+            standings = standings_of(m, name, f"auroc {score}")
+            ahead = list(standings.values()).count("ahead")
+            behind = [kind for kind, standing in standings.items() if standing == "behind"]
+            text = f"**{len(behind)}**: {', '.join(behind)}" if behind else "**0**"
+            rows.append([NAMES[name], score, f"**{ahead}** of {len(standings)}", text])
+    return pd.DataFrame(rows, columns=["VAE against", "score", "ahead at", "behind at"])
 
 
 def decisions(m):
     """Shares flagged; "clean" should be 1 %, everything else 100 %."""
+    columns = {f"{NAMES[name]}, reconstruction": (name, "reconstruction") for name in SMALL}
+    columns["VAE, density"] = ("vae", "density")
     rows = []
     for kind in m["test"]["vae"]["0"]["flagged reconstruction"]:
-        cells = []
-        for score in SCORES:
-            for name in SMALL:
-                cells.append(percent(per_seed(m, "test", name, f"flagged {score}", kind)))
+        cells = [
+            percent(per_seed(m, "test", name, f"flagged {score}", kind))
+            for name, score in columns.values()
+        ]
         rows.append([kind, *cells])
-    columns = ["flagged, %"]
-    for score in SCORES:
-        columns += [f"{NAMES[name]}, {score}" for name in SMALL]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["flagged, %", *columns])
 
 
 def scores(m):
-    """The choice of the score; the best mean of each model in bold."""
-    rows = []
+    """The choice of the score: mean AUROC over the tuned kinds, then what it costs elsewhere."""
+    means = {}
     for name in SMALL:
-        candidates = list(m["scores"][name]["0"]["auroc"])
-        means = [spread(per_seed(m, "scores", name, "auroc", one, "mean"), 3) for one in candidates]
-        means = bold_best(means, higher_is_better=True)
-        for candidate, mean in zip(candidates, means, strict=True):
-            row = [NAMES[name], candidate]
-            for kind in ("mirrored", "rotated", "occluded"):
-                row.append(spread(per_seed(m, "scores", name, "auroc", candidate, kind), 3))
-            black = per_seed(m, "scores", name, "auroc", candidate, "black")
-            row.append(", ".join(f"{value:.2f}" for value in black))
-            rows.append([*row, mean])
-    columns = ["model", "score, AUROC ↑", "mirrored", "rotated", "occluded", "black"]
-    return pd.DataFrame(rows, columns=[*columns, "mean of seven"])
+        names = list(m["scores"][name]["0"]["auroc"])
+        cells = [spread(per_seed(m, "scores", name, "auroc", one, "mean"), 3) for one in names]
+        means[name] = dict(zip(names, bold_best(cells, higher_is_better=True), strict=True))
+    costs = m["scores"]["vae"]["0"]["costs"]
+    kinds = list(next(iter(costs.values())))
+    rows = []
+    for candidate in means["vae"]:
+        cells = [means[name].get(candidate, "") for name in SMALL]
+        for kind in kinds:
+            cells.append(spread(per_seed(m, "scores", "vae", "costs", candidate, kind), 3))
+        rows.append([candidate, *cells])
+    columns = [f"{NAMES[name]}, mean of seven" for name in SMALL]
+    columns += [f"VAE, {kind}" for kind in kinds]
+    return pd.DataFrame(rows, columns=["score, AUROC ↑", *columns])
 
 
 def mixtures(m):
@@ -336,21 +259,27 @@ def mixtures(m):
     rows = []
     for name in SMALL:
         cells = [spread(per_seed(m, "scores", name, "mixture", size)) for size in sizes]
-        rows.append([f"{NAMES[name]}, nats ↑", *cells])
-    seconds = [spread(per_seed(m, "scores", "vae", "seconds", size)) for size in sizes]
-    rows.append(["seconds to fit, VAE", *seconds])
+        rows.append([NAMES[name], *cells])
     return pd.DataFrame(rows, columns=["components", *sizes])
 
 
-def samples(m):
+def left_out(m):
+    runs = m["left out, seed 0"]
     rows = []
+    for name in SMALL:
+        areas = list(runs[name].values())
+        cells = [f"{area:.2f}" for area in areas]
+        rows.append([NAMES[name], *cells, f"{statistics.mean(areas):.2f}"])
+    return pd.DataFrame(rows, columns=["digit left out, AUROC ↑", *runs["vae"], "mean"])
+
+
+def samples(m):
     images = m["samples"]["images"]["0"]
+    rows = []
     for key in ("test", "validation"):
         quality = {measure: [value] for measure, value in images[key].items()}
         rows.append(["", f"{key} images", *sample_cells(quality)])
-    for name in MAIN:
-        if name not in m["samples"]:
-            continue
+    for name in SMALL:
         for source in m["samples"][name]["0"]:
             quality = {}
             for measure in images["test"]:
@@ -368,229 +297,246 @@ def sample_cells(quality):
     ]
 
 
-def on_demand(m):
-    """The share of the digits drawn to order that are taken for what was asked for."""
-    rows = []
-    for name in MAIN:
-        if name not in m["digits on demand"]:
-            continue
-        keys = m["digits on demand"][name]["0"]
-        cells = [percent(per_seed(m, "digits on demand", name, key)) for key in keys]
-        rows.append([NAMES[name], *cells])
-    columns = ["recognised as the digit asked for, % ↑", *keys]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def labels(m):
-    """The share of test images whose label is that of their neighbours."""
-    pixels = m["samples"]["images"]["0"]["labels by 5 nearest images"]
-    rows = [["pixels themselves", percent([pixels])]]
-    for name in MAIN:
-        share = percent(per_seed(m, "test", name, "labels by 5 nearest codes"))
-        rows.append([f"codes of {NAMES[name]}", share])
-    return pd.DataFrame(rows, columns=["neighbours by", "right label, % ↑"])
-
-
-def left_out(m):
-    runs = m["left out, seed 0"]
-    rows = []
-    for name in SMALL:
-        areas = list(runs[name].values())
-        cells = [f"{area:.2f}" for area in areas]
-        rows.append([NAMES[name], *cells, f"{statistics.mean(areas):.2f}"])
-    return pd.DataFrame(rows, columns=["AUROC ↑, digit left out", *runs["vae"], "mean"])
+def edits(m):
+    """What came of each edit of utils.py; the differences are those to the network as it is."""
+    own = m["test"]["vae"]["0"]["validation loss"]
+    rows = [["none", f"{own:.2f}", ""]]
+    for runs in m["edits"].values():
+        figures = runs["0"]
+        loss = figures["validation loss"]
+        rows.append([figures["edit"], f"{loss:.2f}", f"{loss - own:+.2f}"])
+    return pd.DataFrame(rows, columns=["edit", "validation loss", "difference"])
 
 
 def benchmark(m):
-    runs = {device: figures["0"] for device, figures in m["benchmark"].items()}
-    keys = []
-    for figures in runs.values():
-        keys += [key for key in figures if key not in keys]
-    rows = []
-    for key in keys:
-        rows.append([key, *(str(figures.get(key, "–")) for figures in runs.values())])
+    runs = {name: of_seeds["0"] for name, of_seeds in m["benchmark"].items()}
+    keys = list(next(iter(runs.values())))
+    rows = [[key, *(str(figures[key]) for figures in runs.values())] for key in keys]
     return pd.DataFrame(rows, columns=["", *runs])
 
 
 def results(m):
     """The one table of the README."""
-    names = [*MAIN, "nothing"]
-    levels = ["clean", "noise 0.3", "occlusion 12", "blur 1.5", "rotation 20"]
-    table = errors(m, names, "error", levels)
-    table = table.rename(columns={"squared error ↓": ""})
-    table[""] = "error ↓, " + table[""]
-    areas = anomalies(m, "reconstruction", MAIN).rename(columns={"AUROC ↑": ""})
-    areas = areas[areas[""] == "letters"]
-    areas = areas.assign(**{"": "AUROC ↑, " + areas[""], NAMES["nothing"]: ""})
-    return pd.concat([table, areas])
+    names = measured(m, "test", MAIN)
+    rows = []
+    for level in ("clean", "noise 0.3", "occlusion 12", "blur 1.5", "dimming 0.6", "rotation 20"):
+        cells = [spread(per_seed(m, "test", name, "error", level)) for name in names]
+        rows.append([f"{level}, error ↓", *bold_best(cells)])
+    for kind in ("mirrored", "letters"):
+        keys = ("auroc reconstruction", kind)
+        cells = [spread(per_seed(m, "test", name, *keys), 3) for name in names]
+        rows.append([f"{kind}, AUROC ↑", *bold_best(cells, higher_is_better=True)])
+    return pd.DataFrame(rows, columns=["", *(NAMES[name] for name in names)])
 
 
-TABLES = {
-    "headline": headline,
-    "results": results,
-    "test set": test_set,
-    "models": models,
-    "one pass": one_pass,
-    "optimised": optimised,
-    "kinds": kinds,
-    "differences": lambda m: differences(m, "error", 1),
-    "differences, optimised": lambda m: differences(m, "optimised", 1),
-    "rate and distortion": rate_and_distortion,
-    "anomalies, reconstruction": lambda m: anomalies(m, "reconstruction", MAIN),
-    "anomalies, density": lambda m: anomalies(m, "density", MAIN),
-    "anomaly kinds": anomaly_kinds,
-    "anomaly differences, reconstruction": lambda m: differences(m, "auroc reconstruction", 3),
-    "anomaly differences, density": lambda m: differences(m, "auroc density", 3),
-    "decisions": decisions,
-    "scores": scores,
-    "mixtures": mixtures,
-    "samples": samples,
-    "digits on demand": on_demand,
-    "labels": labels,
-    "left out": left_out,
-    "benchmark": benchmark,
-}
+# ---------------------------------------- Texts ----------------------------------------
+# Sentences that are right whatever the numbers say.
+
+
+def headline(m):
+    losses = per_seed(m, "test", "vae", "loss")
+    return (
+        f"**{spread(losses, 2)} nats per test image** after 20 epochs (-ELBO; mean and standard "
+        f"deviation over {len(losses)} trainings)."
+    )
+
+
+def dense(m):
+    """The dense VAE beside this one, from the benchmark with the most threads."""
+    figures = last_benchmark(m)
+    loss = figures["test loss of the dense VAE, nats"]
+    minutes = 20 * figures["seconds per epoch"] / 60
+    reached = figures["seconds until that loss"]
+    text = (
+        f"A dense 784-400-20 VAE reaches {loss:.1f} in 20 epochs. Those of this one take "
+        f"{minutes:.0f} minutes on {figures['threads']} threads of a CPU"
+    )
+    if reached is None:
+        return f"{text}."
+    return f"{text}; it passes the dense one's last loss after {reached:.0f} seconds."
+
+
+def last_benchmark(m):
+    return list(m["benchmark"].values())[-1]["0"]
+
+
+def quick(m):
+    figures = last_benchmark(m)
+    return (
+        f"After {figures['4,000 images: seconds']:.0f} seconds, 20 epochs of 4,000 images: "
+        f"**{figures['4,000 images: test loss, nats']:.1f} nats** on MNIST's 10,000 test images."
+    )
+
+
+def on_demand(m):
+    """The share of the digits drawn to order that are taken for what was asked for."""
+    parts = []
+    for name in SMALL:
+        shares = {}
+        for digit in range(10):
+            shares[digit] = mean(m, "digits on demand", name, str(digit))
+        worst = min(shares, key=shares.get)
+        all_digits = percent(per_seed(m, "digits on demand", name, "mean"))
+        parts.append(f"{NAMES[name]} {all_digits} % (the {worst} {100 * shares[worst]:.1f} %)")
+    return f"Recognised as the digit asked for, and in brackets the worst: {'; '.join(parts)}."
+
+
+def verdict(m):
+    """Two paragraphs: robustness, then anomalies."""
+    return f"{robustness_text(m)}\n\n**Anomalies.** {anomalies_text(m)}"
+
+
+def robustness_text(m):
+    items = []
+    for name in measured(m, "compare", [*MAIN[1:], "nothing"]):
+        standings = standings_of(m, name, "error")
+        parts = []
+        for which in ("ahead", "behind"):
+            kinds = levels_by_kind(standings, which)
+            named = [f"{kind} {count}" for kind, count in kinds.items()]
+            parts.append(f"{which} at {sum(kinds.values())}{in_brackets(named)}")
+        items.append(f"- against {label(m, name)}: {', '.join(parts)}")
+    own = mean(m, "test", "vae", "error", "clean")
+    text = (
+        f"**{answer(m)}** The VAE's error on clean digits is {own:.1f}; those of others stand in "
+        f"brackets. Of {len(standings)} levels of corruption it is\n\n"
+    )
+    text += "\n".join(items)
+    if "ae32 denoising" in m["test"]:
+        text += f"\n\n{denoising_text(m)}"
+    return text
+
+
+def label(m, name):
+    """ "AE 32 (1.8)", the number being the error on clean digits."""
+    if name == "nothing":
+        return "the corrupted image itself, that is, doing nothing"
+    return f"{NAMES[name]} ({mean(m, 'test', name, 'error', 'clean'):.1f})"
+
+
+def answer(m):
+    """Is the VAE more robust than the two plain autoencoders? In a few words."""
+    standings = []
+    for name in ("ae12", "ae32"):
+        standings += standings_of(m, name, "error").values()
+    if "ahead" in standings and "behind" in standings:
+        return "It depends on the corruption and on the autoencoder."
+    if "ahead" in standings:
+        return "Yes, wherever there is a difference."
+    if "behind" in standings:
+        return "No: it is behind wherever there is a difference."
+    return "There is no difference beyond the two uncertainties."
+
+
+def denoising_text(m):
+    own = mean(m, "test", "vae", "error", "noise 0.3")
+    trained = mean(m, "test", "ae32 denoising", "error", "noise 0.3")
+    errors = f"at noise 0.3 its error is {trained:.1f}, the VAE's {own:.1f}."
+    if trained > own:
+        return f"Not even an autoencoder trained to remove noise resists it better: {errors}"
+    better = "far better" if trained < own / 2 else "better"
+    return f"An autoencoder trained to remove noise resists it {better}: {errors}"
+
+
+def anomalies_text(m):
+    items = []
+    for name in measured(m, "compare", MAIN[1:]):
+        standings = standings_of(m, name, "auroc reconstruction")
+        ahead = list(standings.values()).count("ahead")
+        behind = [kind for kind, standing in standings.items() if standing == "behind"]
+        items.append(
+            f"- against {NAMES[name]}: ahead at {ahead}, behind at "
+            f"{len(behind)}{in_brackets(behind)}"
+        )
+    text = (
+        f"Of {len(standings)} kinds of anomaly, by the AUROC of the anomaly score, the VAE is\n\n"
+    )
+    text += "\n".join(items)
+    if "left out, seed 0" in m:
+        text += f"\n\n{left_out_text(m)}"
+    return text
+
+
+def left_out_text(m):
+    means = {}
+    for name in SMALL:
+        means[name] = statistics.mean(m["left out, seed 0"][name].values())
+    areas = m["left out, seed 0"]["vae"]
+    hardest = min(areas, key=areas.get)
+    return (
+        "A digit that was left out of training is told from all others with an AUROC of "
+        f"{means['vae']:.2f} on average, by AE 12 with {means['ae12']:.2f}, by AE 32 with "
+        f"{means['ae32']:.2f} (five epochs, one seed). The VAE's hardest is the {hardest}: "
+        f"{areas[hardest]:.2f}."
+    )
 
 
 # ---------------------------------------- Pages ----------------------------------------
 
-PLACE = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+class Place(NamedTuple):
+    """What makes a table or a text, and the commands of measure.py that measure its numbers."""
+
+    make: Callable
+    command: str
+
+
+PLACES = {
+    "headline": Place(headline, "measure.py test"),
+    "dense": Place(dense, "benchmark.py --keep"),
+    "quick": Place(quick, "benchmark.py --keep"),
+    "results": Place(results, "measure.py test"),
+    "verdict": Place(verdict, "measure.py compare"),
+    "edits": Place(edits, "measure.py edits"),
+    "test set": Place(test_set, "measure.py test` and `likelihood"),
+    "models": Place(models, "measure.py test"),
+    "robustness": Place(robustness, "measure.py compare"),
+    "differences": Place(lambda m: differences(m, "error", 1), "measure.py compare"),
+    "anomaly kinds": Place(anomaly_kinds, "measure.py compare"),
+    "anomalies, reconstruction": Place(
+        lambda m: differences(m, "auroc reconstruction", 3), "measure.py compare"
+    ),
+    "anomalies, density": Place(lambda m: differences(m, "auroc density", 3), "measure.py compare"),
+    "decisions": Place(decisions, "measure.py test"),
+    "scores": Place(scores, "measure.py scores"),
+    "mixtures": Place(mixtures, "measure.py scores"),
+    "left out": Place(left_out, "measure.py left-out"),
+    "samples": Place(samples, "measure.py samples"),
+    "digits on demand": Place(on_demand, "measure.py samples"),
+    "benchmark": Place(benchmark, "benchmark.py --keep"),
+}
+MARKED = re.compile(r"(<!-- (?:table|text): ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def read_reference():
-    return json.loads((ROOT / "models_mnist" / "reference.json").read_text())
+    path = ROOT / "models_mnist" / "reference.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def filled(page):
-    """The text of a page with its tables as they should be."""
-    m = read_reference()
+def filled(page, m):
+    """The text of a page with its tables and paragraphs as they should be."""
 
     def fill(place):
         return f"{place[1]}{written(place[2], m)}\n{place[3]}"
 
-    return PLACE.sub(fill, page.read_text())
+    return MARKED.sub(fill, page.read_text(encoding="utf-8"))
 
 
 def written(name, m):
-    """A table as it stands on a page, or a note where its figures are not there yet."""
-    make = TABLES[name]
+    """A table or text as it stands on a page, or a note where its numbers are not there yet."""
+    place = PLACES[name]
     try:
-        table = make(m)
+        made = place.make(m)
     except KeyError as missing:
-        print(f"table {name!r} is not written: reference.json has no {missing}")
-        return f"{NOT_MEASURED} reference.json has no {missing}.*"
-    return table if isinstance(table, str) else markdown(table)
+        print(f"{name!r} is not written: reference.json has no {missing}")
+        return f"{NOT_MEASURED} `python tests/{place.command}`*"
+    return made if isinstance(made, str) else markdown(made)
 
 
 def write():
+    m = read_reference()
     for page in PAGES:
-        page.write_text(filled(page))
-
-
-# ---------------------------------------- Prose ----------------------------------------
-
-QUOTING = re.compile(r"<!-- numbers: ([^\n]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-NUMBER = re.compile(r"\d+ of \d+|-?\d+\.\d+(?: ± \d+\.\d+)?(?: %)?|\d+ %")
-
-
-def numbers(m):
-    """What prose may quote, by key: numbers as they stand in the tables, counts as "4 of 6"."""
-    found = {}
-    for name in MAIN:
-        found |= test_numbers(m, name)
-    found |= error_numbers(m, "nothing")
-    for name, comparisons in compared(m).items():
-        found |= counts(name, comparisons)
-    for name, areas in m["left out, seed 0"].items():
-        found[f"{name} without all"] = f"{statistics.mean(areas.values()):.2f}"
-        for digit, area in areas.items():
-            found[f"{name} without {digit}"] = f"{area:.2f}"
-    for name in MAIN:
-        if name in m["samples"]:
-            found |= sample_numbers(m, name)
-    for kind in ("grey", "binarised"):
-        values = per_seed(m, "likelihood", "vae", f"nll {kind}")
-        found[f"vae nll {kind}"] = spread(values, 2)
-    pixels = m["samples"]["images"]["0"]["labels by 5 nearest images"]
-    found["pixels labels"] = as_percent([pixels])
-    return found
-
-
-def test_numbers(m, name):
-    """ "vae loss", "vae labels", "vae reconstruction mirrored", "vae density mirrored"."""
-    found = error_numbers(m, name)
-    found[f"{name} loss"] = spread(per_seed(m, "test", name, "loss"), 2)
-    labels_right = per_seed(m, "test", name, "labels by 5 nearest codes")
-    found[f"{name} labels"] = as_percent(labels_right)
-    for score in SCORES:
-        for kind in m["test"][name]["0"][f"auroc {score}"]:
-            values = per_seed(m, "test", name, f"auroc {score}", kind)
-            found[f"{name} {score} {kind}"] = f"{statistics.mean(values):.2f}"
-    return found
-
-
-def error_numbers(m, name):
-    """ "vae error noise 0.3", "vae optimised noise 0.3"."""
-    found = {}
-    for quantity in ("error", "optimised"):
-        for level in m["test"][name]["0"][quantity]:
-            values = per_seed(m, "test", name, quantity, level)
-            found[f"{name} {quantity} {level}"] = spread(values)
-    return found
-
-
-def counts(name, comparisons):
-    """ "ahead of ae12, error", "behind ae12, density": counts of kinds."""
-    found = {}
-    for quantity, figures in comparisons.items():
-        if quantity in ("error", "optimised"):
-            standings = standings_of_kinds(figures)
-        else:
-            standings = {kind: figures[kind]["standing"] for kind in figures}
-        levels = [figures[level]["standing"] for level in figures if level != "clean"]
-        quantity = quantity.removeprefix("auroc ")
-        for key, which in (("ahead of", "ahead"), ("behind", "behind")):
-            count = list(standings.values()).count(which)
-            found[f"{key} {name}, {quantity}"] = f"{count} of {len(standings)}"
-            found[f"{key} {name}, {quantity} levels"] = f"{levels.count(which)} of {len(levels)}"
-    return found
-
-
-def sample_numbers(m, name):
-    """ "vae recognised prior", "vae frechet mixture of 50", "vae on demand"."""
-    found = {}
-    for source in m["samples"][name]["0"]:
-        recognised = per_seed(m, "samples", name, source, "recognised")
-        found[f"{name} recognised {source}"] = as_percent(recognised)
-        distances = per_seed(m, "samples", name, source, "frechet")
-        found[f"{name} frechet {source}"] = f"{statistics.mean(distances):.1f}"
-    if name in m["digits on demand"]:
-        found[f"{name} on demand"] = as_percent(per_seed(m, "digits on demand", name, "mean"))
-    return found
-
-
-def as_percent(shares):
-    return f"{100 * statistics.mean(shares):.1f} %"
-
-
-def misquoted(text, m):
-    """What is wrong with the numbers in the marked prose of a page, a sentence each."""
-    known = numbers(m)
-    wrong = []
-    for place in QUOTING.finditer(text):
-        keys = place[1].split("; ")
-        quoted = numbers_in(place[2], all_levels(m))
-        if len(keys) != len(quoted):
-            wrong.append(f"{len(keys)} keys for {len(quoted)} numbers: {quoted}")
-            continue
-        for key, number in zip(keys, quoted, strict=True):
-            if known[key] != number:
-                wrong.append(f"{key} is {known[key]}, not {number}")
-    return wrong
-
-
-def numbers_in(prose, levels):
-    """The measured numbers of a text; names of corruptions such as "noise 0.3" hold none."""
-    for level in levels:
-        prose = prose.replace(level, "")
-    return NUMBER.findall(prose)
+        text = filled(page, m)
+        page.write_text(text, encoding="utf-8")

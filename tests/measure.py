@@ -1,15 +1,18 @@
 """Measure every number that the pages quote, into models_mnist/reference.json. Not a test.
 
-    python tests/measure.py train       the models below by the full recipe (9 minutes each)
+    python tests/measure.py train       the models below by the full recipe (7 minutes each)
+    python tests/measure.py left-out    five epochs on nine digits; the tenth is the anomaly
+    python tests/measure.py edits       utils.py with one line changed, trained like the VAE
     python tests/measure.py scores      anomaly scores and mixtures, compared on validation images
     python tests/measure.py test        the test set: loss, robustness, anomalies
     python tests/measure.py likelihood  importance-sampled log-likelihood of the VAE
     python tests/measure.py compare     differences between models, image by image (needs `test`)
-    python tests/measure.py left-out    five epochs on nine digits; the tenth is the anomaly
     python tests/measure.py samples     how good samples are, by a classifier
-    python tests/measure.py card        writes the tables of the pages from all this (seconds)
+    python tests/measure.py references  saves three runs of seed 0 as the reference checkpoints
+    python tests/measure.py card        writes tables and verdict of the pages from all this
 
-Trainings go to models_mnist/runs. An interrupted one is resumed, a finished one is not repeated.
+The first three train, into models_mnist/runs. An interrupted training is resumed, a finished one
+is never repeated: to repeat it, delete its file. All other commands load what was trained.
 Figures are kept seed by seed, so that two processes can share the work by --models and --seeds.
 """
 
@@ -17,9 +20,9 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
-import time
-import warnings
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import rankdata, ttest_ind
+from scipy.stats import rankdata
+from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import nn
@@ -37,7 +41,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 
-FOLDER = Path(__file__).resolve().parent.parent / "models_mnist"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "models_mnist"
 RUNS = FOLDER / "runs"
 DEVICE = utils.pick_device()
 
@@ -56,73 +61,42 @@ class NoisyCode(utils.VAE):
         return mu, torch.full_like(logvar, 2 * math.log(0.3))
 
 
-class Denoising(utils.VAE):
-    """Trained to give back the clean image from one with Gaussian noise.
+def denoising(model, x, generator, beta, progress):
+    """The objective of a training step that gives back the clean image from one with noise.
 
-    The noise's standard deviation is drawn for each image, uniformly from 0 to 0.3.
+    The noise is Gaussian; its standard deviation is drawn for each image, uniformly from 0 to 0.3.
     """
-
-    def forward(self, x, generator=None):
-        if not self.training:
-            return super().forward(x, generator)
-        level = 0.3 * torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
-        mu, logvar = self.encode((x + level * noise).clamp(0, 1))
-        z = utils.reparameterize(mu, logvar, generator) if self.variational else mu
-        return self.decode(z), mu, logvar
+    level = 0.3 * torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    noisy = (x + level * noise).clamp(0, 1)
+    logits, mu, logvar = model(noisy, generator)
+    return utils.vae_loss(logits, x, mu, logvar, beta)
 
 
 class Recipe(NamedTuple):
-    """What differs from the README's recipe: the class, its arguments, those of `utils.fit`."""
+    """What differs from the README's recipe: arguments of the class and of `utils.fit`."""
 
-    model: type[utils.VAE]
-    arguments: dict
-    training: dict
+    arguments: dict = {}
+    training: dict = {}
+    model_class: type[utils.VAE] = utils.VAE
+    seeds: tuple = (0, 1, 2)
 
 
 MODELS = {
-    "vae": Recipe(utils.VAE, {}, {}),
-    "ae12": Recipe(utils.VAE, {"variational": False, "latent_dim": 12}, {}),
-    "ae32": Recipe(utils.VAE, {"variational": False}, {}),
-    "ae32 noisy code": Recipe(NoisyCode, {}, {}),
-    "ae32 denoising": Recipe(Denoising, {"variational": False}, {}),
-    "vae denoising": Recipe(Denoising, {}, {}),
-    "ae8": Recipe(utils.VAE, {"variational": False, "latent_dim": 8}, {}),
-    "ae16": Recipe(utils.VAE, {"variational": False, "latent_dim": 16}, {}),
-    "vae beta 0.25": Recipe(utils.VAE, {}, {"beta": 0.25}),
-    "vae beta 4": Recipe(utils.VAE, {}, {"beta": 4.0}),
+    "vae": Recipe(),
+    "ae12": Recipe({"variational": False, "latent_dim": 12}),
+    "ae32": Recipe({"variational": False}),
+    "ae32 noisy code": Recipe(model_class=NoisyCode),
+    "ae32 denoising": Recipe({"variational": False}, {"objective": denoising}),
+    "vae denoising": Recipe({}, {"objective": denoising}),
+    "vae 2d": Recipe({"latent_dim": 2}, seeds=(0,)),
+    "ae8": Recipe({"variational": False, "latent_dim": 8}, seeds=(0,)),
+    "ae16": Recipe({"variational": False, "latent_dim": 16}, seeds=(0,)),
+    "vae beta 0.25": Recipe({}, {"beta": 0.25}, seeds=(0,)),
+    "vae beta 4": Recipe({}, {"beta": 4.0}, seeds=(0,)),
 }
 THREE_SEEDS = list(MODELS)[:6]
-DEFAULT_MODELS = {  # of each command
-    "train": THREE_SEEDS,
-    "scores": ["vae", "ae12", "ae32"],
-    "test": THREE_SEEDS,
-    "likelihood": ["vae"],
-    "compare": THREE_SEEDS,
-    "left-out": ["vae", "ae12", "ae32"],
-    "samples": ["vae", "ae12", "ae32"],
-}
-
-
-def train(data, name, seed, left_out=None, **training):
-    """The model at the best epoch of one run; a finished run is loaded, not trained again."""
-    recipe = MODELS[name]
-    metadata = {"data": data.name, "left_out": left_out}
-    if recipe.model is not utils.VAE:
-        metadata["model"] = name
-    utils.seed_everything(seed)
-    model = recipe.model(**recipe.arguments).to(DEVICE)
-    utils.fit(
-        model,
-        data.train.images,
-        data.val.images,
-        checkpoint=run_path(name, seed, left_out),
-        seed=seed,
-        metadata=metadata,
-        **recipe.training,
-        **training,
-    )
-    return model
+SMALL = ["vae", "ae12", "ae32"]
 
 
 def run_path(name, seed, left_out=None):
@@ -132,6 +106,158 @@ def run_path(name, seed, left_out=None):
     return RUNS / f"{stem}_best.safetensors"
 
 
+def is_finished(path):
+    """Whether a run is there and has all its epochs, whatever code made it."""
+    if not path.exists():
+        return False
+    known = utils.read_metadata(path)
+    return len(known["history"]) == known["settings"]["epochs"]
+
+
+def train(data, name, seed, left_out=None, **training):
+    """Train a model, unless its run is finished."""
+    path = run_path(name, seed, left_out)
+    if is_finished(path):
+        print(f"{path.name} is finished, and not trained again", flush=True)
+        return
+    print(f"training {path.name}", flush=True)
+    recipe = MODELS[name]
+    utils.seed_everything(seed)
+    model = recipe.model_class(**recipe.arguments).to(DEVICE)
+    utils.fit(
+        model,
+        data.train.images,
+        data.val.images,
+        checkpoint=path,
+        seed=seed,
+        metadata={"data": data.name, "left_out": left_out},
+        **recipe.training,
+        **training,
+    )
+
+
+def load(name, seed, left_out=None):
+    """The model at the best epoch of a finished run; the program ends if there is none."""
+    path = run_path(name, seed, left_out)
+    if not is_finished(path):
+        sys.exit(missing(name, seed, left_out))
+    return utils.load_checkpoint(path, DEVICE, MODELS[name].model_class)
+
+
+def missing(name, seed, left_out=None):
+    """The sentence that says that a run is missing, and what trains it."""
+    command = "train" if left_out is None else "left-out"
+    return (
+        f"{run_path(name, seed, left_out)} is missing or not finished: "
+        f'python tests/measure.py {command} --models "{name}" --seeds {seed}'
+    )
+
+
+REFERENCES = {
+    "vae_mnist_reference": "vae",
+    "ae_mnist_reference": "ae32",
+    "vae_mnist_2d_reference": "vae 2d",
+}
+
+
+def save_references():
+    for stem, name in REFERENCES.items():
+        path = FOLDER / f"{stem}.safetensors"
+        utils.save_checkpoint(path, load(name, 0), allow_reference=True)
+        print(f"{run_path(name, 0).name} is now {path.name}")
+
+
+# ---------------------------------------- Edits ----------------------------------------
+
+
+class Edit(NamedTuple):
+    """What the README invites to change: as it says so, and as replacements in utils.py."""
+
+    text: str
+    replacements: list
+
+
+EDITS = {
+    "relu": Edit("`nn.GELU()` → `nn.ReLU()`", [("nn.GELU()", "nn.ReLU()")]),
+    "no batch normalisation": Edit(
+        "no batch normalisation: `nn.BatchNorm2d(` → `nn.Identity(`",
+        [("nn.BatchNorm2d(", "nn.Identity(")],
+    ),
+    "constant rate": Edit(
+        "a constant rate: `learning_rate_at` returns `learning_rate`",
+        [
+            ("return learning_rate * (1 + 10 * progress)", "return learning_rate"),
+            ("return learning_rate * (2 * (1 - progress) / 0.9)", "return learning_rate"),
+        ],
+    ),
+    "no running average": Edit(
+        "no running average: in `_running_average`, `weight = 1.0`",
+        [("weight = min(1.0, 10 * _averaging_interval(steps) / steps)", "weight = 1.0")],
+    ),
+    "no weight decay": Edit(
+        "no weight decay: `WEIGHT_DECAY = 0.0`", [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")]
+    ),
+    "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
+    "latent 16": Edit("`latent_dim=32` → `latent_dim=16`", [("latent_dim=32", "latent_dim=16")]),
+    "warm-up": Edit(
+        "KL warm-up: in `elbo`, `beta` → `beta * min(1, 5 * progress)`",
+        [
+            (
+                "return vae_loss(logits, x, mu, logvar, beta)",
+                "return vae_loss(logits, x, mu, logvar, beta * min(1, 5 * progress))",
+            )
+        ],
+    ),
+}
+TRAIN_EDITED = """
+import sys
+import torch
+import utils
+
+data_folder, checkpoint, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+data = utils.load_images("mnist", data_folder)
+utils.seed_everything(0)
+model = utils.VAE().to(utils.pick_device())
+parameters = sum(weights.numel() for weights in model.parameters())
+metadata = {"data": data.name, "left_out": None, "parameters": parameters}
+images = (data.train.images, data.val.images)
+utils.fit(model, *images, checkpoint=checkpoint, metadata=metadata)
+"""
+
+
+def edited(edit):
+    """The text of utils.py after an edit; ValueError if the edit does not fit it."""
+    text = (ROOT / "utils.py").read_text(encoding="utf-8")
+    for old, new in edit.replacements:
+        if old not in text:
+            raise ValueError(f"utils.py does not contain {old!r}")
+        text = text.replace(old, new)
+    return text
+
+
+def measure_edit(name):
+    """Train an edited copy of utils.py in a process of its own; keep its validation loss."""
+    path = run_path(f"edit {name}", 0)
+    if is_finished(path):
+        print(f"{path.name} is finished, and not trained again", flush=True)
+    else:
+        print(f"training {path.name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "utils.py").write_text(edited(EDITS[name]), encoding="utf-8")
+            arguments = [ROOT / "data", path, torch.get_num_threads()]
+            command = [sys.executable, "-c", TRAIN_EDITED, *map(str, arguments)]
+            subprocess.run(command, cwd=folder, check=True)
+    known = utils.read_metadata(path)
+    figures = {
+        "edit": EDITS[name].text,
+        "validation loss": known["val_loss"],
+        "parameters": known["parameters"],
+        "seconds": sum(row["seconds"] for row in known["history"]),
+    }
+    keep(figures, "edits", name, 0)
+
+
 # ---------------------------------------- Records ----------------------------------------
 
 
@@ -139,7 +265,7 @@ def read_reference():
     path = FOLDER / "reference.json"
     if not path.exists():
         return {}
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def keep(figures, section, name, key):
@@ -154,7 +280,7 @@ def keep(figures, section, name, key):
         rows[str(key)] = rounded(figures)
         reference[section][name] = dict(sorted(rows.items()))
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(reference, indent=1) + "\n")
+        part.write_text(json.dumps(reference, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     print(f"{section}, {name}, {key}: kept", flush=True)
 
@@ -261,16 +387,6 @@ def standing(differences, errors, higher_is_better):
     return "behind" if worse else "undecided"
 
 
-def welch(a, b):
-    """The p-value of Welch's t test over seeds; None where it has none (one seed, no spread)."""
-    if len(a) < 2 or len(b) < 2:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of values that do not vary
-        p = float(ttest_ind(a, b, equal_var=False).pvalue)
-    return None if math.isnan(p) else p
-
-
 def frechet_distance(a, b):
     """Between two sets of features (N, D) taken as Gaussians (Heusel et al., 2017).
 
@@ -289,27 +405,32 @@ def frechet_distance(a, b):
 # On validation images alone.
 
 TUNED = list(utils.ANOMALIES)[:7]  # kinds on which the score is chosen; all others are reported
+COSTS = ("thicker", "two overlaid", "scikit-learn's digits")  # reported beside them
 COMPONENTS = (1, 5, 10, 20, 50, 100)
 NUM_COMPONENTS = 50  # of the mixture
 TUNING_IMAGES = 1000  # validation images on which scores are chosen, and as many anomalous
 MIXTURE_IMAGES = 20_000  # training images it is fitted to: fewer than all, for speed
 
 
-def mixture_of(model, data, seed, num_components=NUM_COMPONENTS):
+def mixture_of(model, data, seed, num_components):
     return utils.fit_mixture(model, data.train.images[:MIXTURE_IMAGES], num_components, seed)
 
 
 def candidate_scores(model, mixture, images):
     """The anomaly scores to choose from, by name, each (N,)."""
     codes, rebuilt = encode_and_decode(model, images)
-    excess = utils.excess_bce(rebuilt, images)
+    bce = F.binary_cross_entropy(rebuilt, images, reduction="none").flatten(1).sum(1).double()
     entropy = F.binary_cross_entropy(images, images, reduction="none").flatten(1).sum(1).double()
+    window = utils.window_error(rebuilt, images)
+    ink = images.flatten(1).sum(1).double()
     scores = {
-        "BCE of the decoded mean": excess + entropy,
-        "excess BCE: the same less the image's entropy": excess,
-        "largest window error": utils.window_error(rebuilt, images),
+        "squared error": utils.squared_error(rebuilt, images),
+        "BCE of the decoded mean": bce,
+        "the same less the image's entropy": bce - entropy,
+        "largest window error": window,
+        "largest window error / (1 + ink)": window / (1 + ink),
+        "largest window error / √(1 + ink): `anomaly_score`": window / (1 + ink).sqrt(),
         "density of the codes": utils.density_score(mixture, codes),
-        "reconstruction: `anomaly_score`": utils.reconstruction_score(rebuilt, images),
     }
     if model.variational:
         loss = utils.loss_per_image(model, images).loss
@@ -322,27 +443,33 @@ def candidate_scores(model, mixture, images):
 
 def measure_scores(data, name, seed):
     """How well each score tells the tuned kinds of anomaly, and each mixture describes codes."""
-    model = train(data, name, seed)
+    model = load(name, seed)
     codes = utils.posterior(model, data.val.images)[0].cpu().double().numpy()
     log_density = {}
-    seconds = {}
     for count in COMPONENTS:
-        started = time.perf_counter()
         fitted = mixture_of(model, data, seed, count)
-        seconds[str(count)] = time.perf_counter() - started
         log_density[str(count)] = fitted.score(codes)  # nats per validation image
         if count == NUM_COMPONENTS:
             mixture = fitted
-    normal = candidate_scores(model, mixture, data.val.images[:TUNING_IMAGES])
+    normal = data.val.images[:TUNING_IMAGES]
     others = data.val.images[TUNING_IMAGES : 2 * TUNING_IMAGES]
-    areas = {score: {} for score in normal}
-    for kind in TUNED:
-        anomalous = candidate_scores(model, mixture, utils.ANOMALIES[kind](others, seed))
-        for score, values in anomalous.items():
-            areas[score][kind] = auroc(normal[score], values)
-    for of_kinds in areas.values():
+    of_normal = candidate_scores(model, mixture, normal)
+
+    def areas(kinds):
+        """{score: {kind: AUROC}}"""
+        found = {score: {} for score in of_normal}
+        for kind in kinds:
+            anomalous = candidate_scores(
+                model, mixture, {**utils.ANOMALIES, **FOREIGN}[kind](others, seed)
+            )
+            for score, values in anomalous.items():
+                found[score][kind] = auroc(of_normal[score], values)
+        return found
+
+    tuned = areas(TUNED)
+    for of_kinds in tuned.values():
         of_kinds["mean"] = statistics.mean(of_kinds.values())
-    figures = {"mixture": log_density, "seconds": seconds, "auroc": areas}
+    figures = {"mixture": log_density, "auroc": tuned, "costs": areas(COSTS)}
     keep(figures, "scores", name, seed)
 
 
@@ -401,6 +528,12 @@ def strokes(n=1000, seed=0):
     return torch.stack(images)
 
 
+def sklearn_digits():
+    """The 1,797 digits of 8x8 pixels that come with scikit-learn."""
+    pictures = torch.tensor(load_digits().images, dtype=torch.float32) / 16
+    return torch.stack([utils._like_mnist(ink, contrast=2) for ink in pictures])
+
+
 def to_mnist(canvas):
     ink = torch.from_numpy(np.asarray(canvas, dtype=np.float32)) / 255
     return utils._like_mnist(ink, contrast=1)
@@ -418,7 +551,7 @@ def line_through(images, seed=0):
 
 
 FOREIGN = {  # functions of the test digits and a seed
-    "scikit-learn's digits": lambda x, seed: utils.load_images("digits").train.images,
+    "scikit-learn's digits": lambda x, seed: sklearn_digits(),
     "letters": lambda x, seed: letters(),
     "random strokes": lambda x, seed: strokes(seed=seed),
     "line through": line_through,
@@ -430,20 +563,12 @@ INDEPENDENT = list(FOREIGN)[:3]  # all other anomalies are test digits that some
 # ------------------------------------ What is reported ------------------------------------
 # On all 10,000 test images, except where a search or many samples make that too slow.
 
+SCORES = ("reconstruction", "density")
 LEVELS = {"clean": ("noise", 0.0)}  # a kind and its level by their common name
 for _kind, _corruption in utils.CORRUPTIONS.items():
     for _level in _corruption.levels:
         LEVELS[f"{_kind} {_level:g}"] = (_kind, _level)
 
-OPTIMISED = (
-    "clean",
-    "noise 0.3",
-    "salt and pepper 0.1",
-    "occlusion 12",
-    "blur 1.5",
-    "dimming 0.6",
-    "rotation 20",
-)
 SCORED = {"clean": "clean", "noise 0.3": "noisy", "occlusion 8": "occluded"}  # also as anomalies
 
 
@@ -454,9 +579,9 @@ def spread_evenly(images, n):
 
 def measure_images(data, model, seed):
     """Errors and anomaly scores of every image, from one reconstruction of each."""
-    mixture = mixture_of(model, data, seed)
+    mixture = mixture_of(model, data, seed, NUM_COMPONENTS)
     test = data.test.images
-    arrays = {"input": {}, "error": {}, "optimised": {}, "reconstruction": {}, "density": {}}
+    arrays = {"input": {}, "error": {}, "reconstruction": {}, "density": {}}
 
     def enter_scores(name, images, codes, rebuilt):
         arrays["reconstruction"][name] = utils.reconstruction_score(rebuilt, images).numpy()
@@ -467,11 +592,6 @@ def measure_images(data, model, seed):
         codes, rebuilt = encode_and_decode(model, images)
         arrays["input"][name] = utils.squared_error(images, test).numpy()
         arrays["error"][name] = utils.squared_error(rebuilt, test).numpy()
-        if name in OPTIMISED:
-            some = spread_evenly(images, 500)
-            better = model.draw(utils.optimize_codes(model, some))
-            errors = utils.squared_error(better, spread_evenly(test, 500))
-            arrays["optimised"][name] = errors.numpy()
         if name in SCORED:
             enter_scores(SCORED[name], images, codes, rebuilt)
 
@@ -490,18 +610,17 @@ def measure_images(data, model, seed):
 def encode_and_decode(model, images):
     """The codes mu (N, D) and the reconstructions (N, 1, 28, 28), on the CPU."""
     codes, _ = utils.posterior(model, images)
-    return codes.cpu(), model.draw(codes).cpu()
+    return codes.cpu(), model.decode_images(codes).cpu()
+
+
+def means(kinds):
+    return {kind: values.mean() for kind, values in kinds.items()}
 
 
 def summarise(arrays):
     """The means over images, AUROCs, and shares flagged at a threshold chosen on validation."""
-    figures = {}
-    for quantity in ("error", "optimised"):
-        figures[quantity] = {name: values.mean() for name, values in arrays[quantity].items()}
-    figures["error of the same 500"] = {}
-    for name in arrays["optimised"]:
-        figures["error of the same 500"][name] = spread_evenly(arrays["error"][name], 500).mean()
-    for score in ("reconstruction", "density"):
+    figures = {"error": means(arrays["error"])}
+    for score in SCORES:
         threshold = np.quantile(arrays[score]["validation"], 0.99)
         areas = {}
         flagged = {}
@@ -523,7 +642,8 @@ def labels_by_neighbours(train_features, train_labels, test_features, test_label
 
 
 def measure_test(data, name, seed):
-    model = train(data, name, seed)
+    """The figures of a model; those under corruptions and of anomalies if it has three seeds."""
+    model = load(name, seed)
     test = data.test
     loss = utils.loss_per_image(model, test.images, seed=seed)
     codes, _ = utils.posterior(model, test.images)
@@ -531,6 +651,7 @@ def measure_test(data, name, seed):
     labels = data.train.labels[:10_000]
     some_codes, _ = utils.posterior(model, some)
     figures = {
+        "validation loss": model.metadata["val_loss"],
         "loss": loss.loss.mean(),
         "loss, standard error": standard_error(loss.loss.numpy()),
         "bce": loss.bce.mean(),
@@ -540,32 +661,19 @@ def measure_test(data, name, seed):
             some_codes.cpu(), labels, codes.cpu(), test.labels
         ),
     }
+    if name not in THREE_SEEDS:
+        errors = utils.squared_error(model.reconstruct(test.images), test.images)
+        keep({**figures, "error": {"clean": errors.mean()}}, "test", name, seed)
+        return
     arrays = measure_images(data, model, seed)
     save_arrays(arrays, arrays_path(name, seed))
     keep({**figures, **summarise(arrays)}, "test", name, seed)
-    doing_nothing = summarise_input(arrays)
-    keep(doing_nothing, "test", "nothing", seed)
-
-
-def summarise_input(arrays):
-    """The errors of the corrupted images themselves, in the places of a model's."""
-    nothing = as_if_a_model(arrays)
-    figures = {}
-    for quantity, kinds in nothing.items():
-        figures[quantity] = {name: values.mean() for name, values in kinds.items()}
-    figures["error of the same 500"] = figures["optimised"]
-    return figures
-
-
-def as_if_a_model(arrays):
-    """Doing nothing as a model that gives back its input: its errors are those of the input."""
-    some = {name: spread_evenly(arrays["input"][name], 500) for name in arrays["optimised"]}
-    return {"error": arrays["input"], "optimised": some}
+    keep({"error": means(arrays["input"])}, "test", "nothing", seed)
 
 
 def measure_likelihood(data, name, seed):
     """-ELBO and -log p(x) of 1,000 test images, grey and binarised, with standard errors."""
-    model = train(data, name, seed)
+    model = load(name, seed)
     grey = spread_evenly(data.test.images, 1000)
     binarised = torch.bernoulli(grey, generator=torch.Generator().manual_seed(seed))
     figures = {}
@@ -581,8 +689,8 @@ def measure_likelihood(data, name, seed):
 def measure_left_out(data, name, seed):
     """Five epochs without one digit; its test images against all others, by reconstruction."""
     for digit in range(10):
-        model = train(utils.leave_out(data, digit), name, seed, digit, epochs=5)
-        scores = utils.anomaly_score(model, data.test.images).numpy()
+        train(utils.leave_out(data, digit), name, seed, digit, epochs=5)
+        scores = utils.anomaly_score(load(name, seed, digit), data.test.images).numpy()
         unknown = (data.test.labels == digit).numpy()
         keep(auroc(scores[~unknown], scores[unknown]), f"left out, seed {seed}", name, digit)
 
@@ -590,82 +698,63 @@ def measure_left_out(data, name, seed):
 # ------------------------------------- Comparisons -------------------------------------
 
 
-def compare(names, seeds):
+def compare(jobs):
     """The VAE less each other model and less doing nothing, image by image, seed by seed.
 
-    A model is compared on the seeds for which it and the VAE were measured.
+    A model is compared on the seeds of `jobs`, (name, seed) each, of which it and the VAE have been
+    measured.
     """
-    vae = measured_arrays("vae", seeds)
-    compare_with(vae, {seed: as_if_a_model(arrays) for seed, arrays in vae.items()}, "nothing")
-    for name in names:
-        other = measured_arrays(name, seeds)
-        if name != "vae" and other:
-            compare_with(vae, other, name)
-
-
-def measured_arrays(name, seeds):
-    """{seed: arrays} of the seeds that `test` has measured."""
-    found = {}
-    for seed in seeds:
+    arrays = {}
+    for name, seed in jobs:
         path = arrays_path(name, seed)
         if path.exists():
-            found[seed] = load_arrays(path)
-    return found
+            arrays.setdefault(name, {})[seed] = load_arrays(path)
+        else:
+            print(f"{name}, seed {seed}, is left out: python tests/measure.py test measures it")
+    vae = arrays.pop("vae")
+    # Doing nothing is a model that gives back its input: its errors are those of the input.
+    nothing = {seed: {"error": of_seed["input"]} for seed, of_seed in vae.items()}
+    for name, other in {**arrays, "nothing": nothing}.items():
+        common = [seed for seed in vae if seed in other]
+        pairs = [(vae[seed], other[seed]) for seed in common]
+        keep(compare_errors(pairs), "compare", name, "error")
+        if name != "nothing":
+            for score in SCORES:
+                keep(compare_scores(pairs, score), "compare", name, f"auroc {score}")
 
 
-def compare_with(vae, other, name):
-    common = [seed for seed in vae if seed in other]
-    vae = [vae[seed] for seed in common]
-    other = [other[seed] for seed in common]
-    for quantity in ("error", "optimised"):
-        keep(compare_errors(vae, other, quantity), "compare", name, quantity)
-    if name != "nothing":
-        for score in ("reconstruction", "density"):
-            keep(compare_scores(vae, other, score), "compare", name, f"auroc {score}")
+def compare_errors(pairs):
+    """For each corruption: differences of the squared errors, as `comparison` returns them.
 
-
-def compare_errors(vae, other, quantity):
-    """For each corruption: differences of the squared errors, as `comparison` returns them."""
+    `pairs` holds, for each seed, the arrays of the two models.
+    """
     found = {}
-    for name in other[0][quantity]:
-        if name == "validation":
-            continue
-        pairs = [(a[quantity][name], b[quantity][name]) for a, b in zip(vae, other, strict=True)]
-        differences = [mean_difference(a, b) for a, b in pairs]
-        means_a = [float(a.mean()) for a, _ in pairs]
-        means_b = [float(b.mean()) for _, b in pairs]
-        found[name] = comparison(differences, means_a, means_b, higher_is_better=False)
+    for level in LEVELS:
+        differences = [mean_difference(a["error"][level], b["error"][level]) for a, b in pairs]
+        found[level] = comparison(differences, higher_is_better=False)
     return found
 
 
-def compare_scores(vae, other, score):
+def compare_scores(pairs, score):
     """For each kind of anomaly: differences of the AUROCs, as `comparison` returns them."""
     found = {}
     for kind in KINDS:
+        same_images = kind not in INDEPENDENT
         differences = []
-        areas_a = []
-        areas_b = []
-        for a, b in zip(vae, other, strict=True):
-            normal_a, anomalous_a = a[score]["clean"], a[score][kind]
-            normal_b, anomalous_b = b[score]["clean"], b[score][kind]
-            same_images = kind not in INDEPENDENT
-            differences.append(
-                auroc_difference(normal_a, anomalous_a, normal_b, anomalous_b, same_images)
-            )
-            areas_a.append(auroc(normal_a, anomalous_a))
-            areas_b.append(auroc(normal_b, anomalous_b))
-        found[kind] = comparison(differences, areas_a, areas_b, higher_is_better=True)
+        for a, b in pairs:
+            scores = (a[score]["clean"], a[score][kind], b[score]["clean"], b[score][kind])
+            differences.append(auroc_difference(*scores, same_images))
+        found[kind] = comparison(differences, higher_is_better=True)
     return found
 
 
-def comparison(differences, means_a, means_b, higher_is_better):
+def comparison(differences, higher_is_better):
     """One seed's difference and standard error over images after the other, and the verdict."""
     values = [difference for difference, _ in differences]
     errors = [error for _, error in differences]
     return {
         "difference": values,
         "standard error": errors,
-        "welch p": welch(means_a, means_b),
         "standing": standing(values, errors, higher_is_better),
     }
 
@@ -736,7 +825,7 @@ def draw_from(mixture, model, n, seed):
     """n images decoded from codes of a mixture, in random order: its codes come sorted."""
     codes, _ = mixture.sample(n)
     order = np.random.default_rng(seed).permutation(n)
-    return model.draw(codes[order]).cpu()
+    return model.decode_images(codes[order]).cpu()
 
 
 def digits_on_demand(data, model, classifier, seed, n=1000, num_components=10):
@@ -755,7 +844,7 @@ def digits_on_demand(data, model, classifier, seed, n=1000, num_components=10):
     return shares
 
 
-def measure_samples(data, names, seeds):
+def measure_samples(data, jobs):
     classifier = train_classifier(data)
     test = data.test.images
     test_features, probabilities = classifier.look_at(test)
@@ -778,60 +867,92 @@ def measure_samples(data, names, seeds):
         "validation": judge(data.val.images),
     }
     keep(figures, "samples", "images", 0)
-    for name in names:
-        for seed in seeds:
-            model = train(data, name, seed)
-            figures = {"reconstructions": judge(model.reconstruct(test).cpu())}
-            if model.variational:
-                generator = torch.Generator().manual_seed(seed)
-                figures["prior"] = judge(model.sample(len(test), generator).cpu())
-            for count in (10, NUM_COMPONENTS):
-                mixture = mixture_of(model, data, seed, count)
-                figures[f"mixture of {count}"] = judge(draw_from(mixture, model, len(test), seed))
-            keep(figures, "samples", name, seed)
-            on_demand = digits_on_demand(data, model, classifier, seed)
-            keep(on_demand, "digits on demand", name, seed)
+    for name, seed in jobs:
+        model = load(name, seed)
+        figures = {"reconstructions": judge(model.reconstruct(test).cpu())}
+        if model.variational:
+            generator = torch.Generator().manual_seed(seed)
+            figures["prior"] = judge(model.sample(len(test), generator).cpu())
+        for count in (10, NUM_COMPONENTS):
+            mixture = mixture_of(model, data, seed, count)
+            figures[f"mixture of {count}"] = judge(draw_from(mixture, model, len(test), seed))
+        keep(figures, "samples", name, seed)
+        on_demand = digits_on_demand(data, model, classifier, seed)
+        keep(on_demand, "digits on demand", name, seed)
 
 
 # --------------------------------------- Commands ---------------------------------------
+
+DEFAULT_MODELS = {  # of each command; those of one seed are trained and measured once
+    "train": list(MODELS),
+    "left-out": SMALL,
+    "scores": SMALL,
+    "test": list(MODELS),
+    "likelihood": ["vae"],
+    "compare": THREE_SEEDS,
+    "samples": SMALL,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=[*DEFAULT_MODELS, "card"])
+    commands = [*DEFAULT_MODELS, "edits", "references", "card"]
+    parser.add_argument("command", choices=commands)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="instead of the usual ones")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--edits", nargs="+", choices=EDITS, default=list(EDITS))
     parser.add_argument("--threads", type=int, default=1, help="the committed figures: one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.command == "card":
+    run(arguments.command, arguments.models, arguments.seeds, arguments.edits)
+
+
+def is_there(name, seed):
+    """Whether a run is finished; if not, a line says so, and the others go on."""
+    if is_finished(run_path(name, seed)):
+        return True
+    print(f"left out: {missing(name, seed)}", flush=True)
+    return False
+
+
+def run(command, names, seeds, edits):
+    if command == "card":
         import card
 
         card.write()
         return
-    names = arguments.models or DEFAULT_MODELS[arguments.command]
-    if arguments.command == "compare":
-        compare(names, arguments.seeds)
+    if command == "references":
+        save_references()
         return
-    data = utils.load_images("mnist", FOLDER.parent / "data")
-    if arguments.command == "samples":
-        measure_samples(data, names, arguments.seeds)
+    if command == "edits":
+        for name in edits:
+            measure_edit(name)
+        return
+    if command == "left-out":
+        seeds = seeds[:1]  # ten trainings each
+    jobs = []
+    for name in names or DEFAULT_MODELS[command]:
+        jobs += [(name, seed) for seed in seeds if seed in MODELS[name].seeds]
+    if command == "compare":
+        compare(jobs)
+        return
+    if command not in ("train", "left-out"):
+        jobs = [job for job in jobs if is_there(*job)]
+    data = utils.load_images("mnist", ROOT / "data")
+    if command == "samples":
+        measure_samples(data, jobs)
         return
     measure = {
         "train": train,
+        "left-out": measure_left_out,
         "scores": measure_scores,
         "test": measure_test,
         "likelihood": measure_likelihood,
-        "left-out": measure_left_out,
-    }[arguments.command]
-    seeds = arguments.seeds
-    if arguments.command == "left-out":
-        seeds = seeds[:1]  # ten trainings each
-    for name in names:
-        for seed in seeds:
-            measure(data, name, seed)
+    }[command]
+    for name, seed in jobs:
+        measure(data, name, seed)
 
 
 if __name__ == "__main__":
