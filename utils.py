@@ -1400,7 +1400,15 @@ def _first_look(page):
     padded, padded_ink = _dark_on_light(padded)
     is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
     is_dark = padded_ink.max() > max(0.35, 2.2 * ink.max())
-    return (padded, padded_ink) if is_tall and is_dark else (page, ink)
+    is_cut = (is_tall and is_dark) or _fills_holes(np.pad(ink, 4) > 0, padded_ink > 0)
+    return (padded, padded_ink) if is_cut else (page, ink)
+
+
+def _fills_holes(inner, strokes):
+    """Whether the inner mask is what the strokes enclose, both (h, w) bool: a 4's triangle."""
+    enclosed = inner & ndimage.binary_fill_holes(strokes)
+    shared = inner & strokes
+    return enclosed.sum() > 0.95 * inner.sum() and shared.sum() < 0.5 * inner.sum()
 
 
 def _dark_on_light(page):
