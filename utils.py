@@ -1587,19 +1587,21 @@ def read_digit(path):
     ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = _as_path(path, "path")
-    page, ink = _first_look(_even_light(path))
+    page = _even_light(_greys(_open_picture(path)))
+    page, ink = _first_look(page)
     if ink.max() <= 0.1:  # what is fainter is noise
         raise _no_digit(path.name, "there is no ink on it")
-    # A second look, now that the width of the strokes is known. A closing removes what is dark and
-    # narrower than three strokes. The paper is left with its shadows, even hard-edged ones.
+    # The second look knows the width of the strokes. A closing removes what is dark and narrower
+    # than three strokes. What remains is the paper with its shadows, even hard-edged ones.
     paper = ndimage.grey_closing(page, round(3 * _stroke_width(ink > 0)))
     ink = _dark_ink(page - paper)
     _check_one_digit(ink > 0, path.name)
-    return _like_mnist(torch.tensor(_thicken(ink)).float(), contrast=1)[None]
+    ink = _thicken(_even_ink(ink))
+    return _like_mnist(torch.tensor(ink).float(), contrast=1)[None]
 
 
-def _even_light(path):
-    """A picture as a page in even light, (h, w): about 0 on paper, its longer side 280 pixels."""
+def _open_picture(path):
+    """The picture in a file, upright: grey and alpha ("LA"), its longer side 280 pixels."""
     if not os.path.isfile(path):  # False, too, in a folder that may not be read
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
@@ -1612,14 +1614,22 @@ def _even_light(path):
         if picture.mode[0] in "IF":  # 16 or 32 bits
             values = np.asarray(picture, float)
             picture = Image.fromarray(255 * values / values.max().clip(1e-9))
-        picture = ImageOps.contain(picture.convert("LA"), (280, 280))
+        return ImageOps.contain(picture.convert("LA"), (280, 280))
     except Exception as error:  # whatever Pillow stumbles over
         reason = str(error).replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
-    grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w) each
+
+
+def _greys(picture):
+    """The greys of an "LA" picture, (h, w) in [0, 1], without transparency."""
+    grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w, 2) -> (h, w) each
     # What is transparent becomes white if the ink is dark, else black.
     ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0
-    grey = alpha * grey + (1 - alpha) * ground
+    return alpha * grey + (1 - alpha) * ground
+
+
+def _even_light(grey):
+    """Greys as a page in even light, both (h, w): about 0 on paper, below 0 on dark ink."""
     # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
     return difference_of_gaussians(grey, 1, 80, mode="reflect")
 
@@ -1627,18 +1637,32 @@ def _even_light(path):
 def _first_look(page):
     """The page, negated if its ink was light, and the ink, both (h, w)."""
     page, ink = _dark_on_light(page)
-    # In a tight crop the strokes touch the border and look like shadows. With a margin of paper
-    # around the page they are far darker than other ink and span most of its height; shadows and
-    # tables do not. The paper is the median of the left and right edge, which few bars reach.
+    # A tight crop cuts strokes, and what reaches the border looks like a shadow. A margin of paper
+    # keeps them off it. The paper is the median of the left and right edge: few strokes end there.
     padded = np.pad(page, 4, constant_values=np.median(page[:, [0, -1]]))
     padded, padded_ink = _dark_on_light(padded)
-    is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
+    is_cut = _is_cut(np.pad(ink, 4), padded_ink)
+    return (padded, padded_ink) if is_cut else (page, ink)
+
+
+def _is_cut(ink, padded_ink):
+    """Whether the border cuts the digit, from its ink without and with a margin, both (h, w)."""
+    # With the margin, cut strokes are far darker than the ink without it, and they span most of
+    # the height. Shadows and tables do not.
     is_dark = padded_ink.max() > max(0.35, 2.2 * ink.max())
-    return (padded, padded_ink) if is_tall and is_dark else (page, ink)
+    is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
+    return (is_dark and is_tall) or _fills_holes(ink > 0, padded_ink > 0)
+
+
+def _fills_holes(mask, strokes):
+    """Whether a mask is what the strokes enclose, such as a 4's triangle; both (h, w) bool."""
+    enclosed = mask & ndimage.binary_fill_holes(strokes)
+    shared = mask & strokes
+    return enclosed.sum() > 0.95 * mask.sum() and shared.sum() < 0.5 * mask.sum()
 
 
 def _dark_on_light(page):
-    """The page, or its negative if that has more of a digit's ink, and this ink, both (h, w)."""
+    """The page or its negative, whichever shows more of a digit's ink, and its ink, both (h, w)."""
     dark = _dark_ink(page)
     light = _dark_ink(-page)
     return (page, dark) if _strength(dark) >= _strength(light) else (-page, light)
@@ -1652,13 +1676,14 @@ def _strength(ink):
 def _dark_ink(page):
     """How much darker strokes are than what surrounds them, (h, w); 0 elsewhere.
 
-    Take the page for a landscape where dark is low. Its hollows are filled until they would
-    overflow at the border (morphological reconstruction); ink is the depth of the filling.
-    Shadows, tables, lines on the paper and fading light reach the border and are not filled.
+    The page is a landscape in which dark is low. Rain fills its hollows until they overflow at the
+    border (morphological reconstruction); ink is how deep the water is. Shadows, tables, lines on
+    the paper and fading light reach the border, and the water runs off.
     """
     flood = page.copy()
     flood[1:-1, 1:-1] = 9  # higher than any page
-    depth = reconstruction(flood, page, method="erosion") - page
+    water_level = reconstruction(flood, page, method="erosion")
+    depth = water_level - page
     return depth * _strokes(depth > 0.3 * depth.max())
 
 
@@ -1679,7 +1704,7 @@ def _strokes(mask):
 def _stroke_width(mask):
     """The mean width of the strokes of a mask, (h, w) bool, in pixels; 1 if there are none."""
     distance_to_edge = ndimage.distance_transform_edt(mask).sum() / max(1, mask.sum())
-    # A quarter of the width, and half a pixel, because it is 1 at the edge.
+    # A quarter of the width, plus half a pixel because the outermost pixels count as 1.
     return max(1, 4 * distance_to_edge - 2)
 
 
@@ -1705,10 +1730,14 @@ def _no_digit(name, problem):
     )
 
 
+def _even_ink(ink):
+    """The ink, (h, w), divided by its mean nearby: faint strokes become as bright as dark ones."""
+    return ink * gaussian(ink > 0, 40) / (gaussian(ink, 40) + 1e-9)
+
+
 def _thicken(ink):
-    """The ink, (h, w), divided by its mean nearby; strokes thinner than MNIST's are widened."""
-    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink > 0)  # MNIST's thin: 9 % of the height
-    ink = ink * gaussian(ink > 0, 40) / (gaussian(ink, 40) + 1e-9)
+    """The ink, (h, w) in [0, 1], with strokes at least as wide as MNIST's thin ones."""
+    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink > 0)  # 9 % of the height is MNIST's thin
     return ndimage.maximum_filter(ink, max(1, round(1 + missing))).clip(0, 1)
 
 
