@@ -1765,8 +1765,9 @@ COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petr
 def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
     """A labelled grid of digits: a list of rows (N, 1, 28, 28), which may differ in length.
 
-    Images are drawn in grey from 0 to 1. A row with negative values, a difference, is drawn from -1
-    in red to 1 in blue. NaN is drawn as nothing. `size` is that of a digit, in inches.
+    Images are drawn in grey from 0 to 1. A row of differences, with more than 1 % of its pixels
+    below 0, is drawn from -1 in red to 1 in blue. NaN is drawn as nothing. `size` is that of a
+    digit, in inches.
     """
     if not rows or any(row.ndim != 4 or len(row) == 0 for row in rows):
         raise ValueError("a grid needs at least one row, and a row at least one (1, 28, 28) image")
@@ -1776,7 +1777,8 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
     for i, row in enumerate(rows):
         framed = F.pad(row[:, 0].cpu(), (1, 1, 1, 1), value=math.nan)
         strip = torch.hstack(list(framed))  # (N, 30, 30) -> (30, 30 N)
-        cmap, lowest = ("RdBu", -1) if (row < 0).any() else ("gray", 0)
+        is_difference = (row < 0).float().mean() > 0.01
+        cmap, lowest = ("RdBu", -1) if is_difference else ("gray", 0)
         place = (0, len(row), i + 1, i)  # left, right, bottom, top
         ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
     font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
