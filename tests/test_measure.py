@@ -508,7 +508,7 @@ def test_the_verdict_says_what_the_numbers_say(standings, answer, counts):
     text = card.verdict(m)
     assert text.startswith(f"**{answer}")
     assert text.count(counts) == 4
-    assert "Of 3 levels" in text and "- against AE 12 (6.0): ahead" in text
+    assert "Of 3 levels of corruption" in text and "- against AE 12 (6.0): ahead" in text
     assert "at noise 0.3 its error is 4.0, the VAE's 47.0" in text
     assert text.count("ahead at 2, behind at 1 (letters)") == 3
 
