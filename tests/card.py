@@ -129,23 +129,31 @@ def in_brackets(names):
 
 
 def test_set(m):
+    keys = {"-ELBO": "loss", "its BCE": "bce", "its KL": "kl"}
+    return losses(m, "test", keys, "10,000 images")
+
+
+def likelihood(m):
+    keys = {
+        "-ELBO": "loss grey",
+        "-log p(x)": "nll grey",
+        "-ELBO, binarised": "loss binarised",
+        "-log p(x), binarised": "nll binarised",
+    }
+    return losses(m, "likelihood", keys, "1,000 images")
+
+
+def losses(m, section, keys, title):
+    """Nats per image of the VAE with both uncertainties, by the name of a row."""
     rows = []
-    for text, section, key in (
-        ("-ELBO, 10,000 images, 10 samples of z each", "test", "loss"),
-        ("its BCE", "test", "bce"),
-        ("its KL", "test", "kl"),
-        ("-ELBO, 1,000 images", "likelihood", "loss grey"),
-        ("-log p(x), the same images", "likelihood", "nll grey"),
-        ("-ELBO, the same images binarised", "likelihood", "loss binarised"),
-        ("-log p(x), the same images binarised", "likelihood", "nll binarised"),
-    ):
+    for text, key in keys.items():
         over_images = ""
         if key.startswith(("loss", "nll")):
             errors = per_seed(m, section, "vae", f"{key}, standard error")
             over_images = f"{max(errors):.2f}"
         rows.append([text, spread(per_seed(m, section, "vae", key), 2), over_images])
-    columns = ["nats per image", "mean ± spread over seeds", "standard error over images"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["mean ± spread over seeds, nats", "standard error over images"]
+    return pd.DataFrame(rows, columns=[title, *columns])
 
 
 def models(m):
@@ -222,7 +230,9 @@ def anomaly_kinds(m):
 
 def decisions(m):
     """Shares flagged; "clean" should be 1 %, everything else 100 %."""
-    columns = {f"{NAMES[name]}, reconstruction": (name, "reconstruction") for name in SMALL}
+    columns = {}
+    for name in measured(m, "test", SMALL):
+        columns[f"{NAMES[name]}, reconstruction"] = (name, "reconstruction")
     columns["VAE, density"] = ("vae", "density")
     rows = []
     for kind in m["test"]["vae"]["0"]["flagged reconstruction"]:
@@ -236,20 +246,21 @@ def decisions(m):
 
 def scores(m):
     """The choice of the score: mean AUROC over the tuned kinds, then what it costs elsewhere."""
-    means = {}
-    for name in SMALL:
-        names = list(m["scores"][name]["0"]["auroc"])
-        cells = [spread(per_seed(m, "scores", name, "auroc", one, "mean"), 3) for one in names]
-        means[name] = dict(zip(names, bold_best(cells, higher_is_better=True), strict=True))
+    models = measured(m, "scores", SMALL)
+    areas = {}
+    for name in models:
+        candidates = list(m["scores"][name]["0"]["auroc"])
+        cells = [spread(per_seed(m, "scores", name, "auroc", one, "mean"), 3) for one in candidates]
+        areas[name] = dict(zip(candidates, bold_best(cells, higher_is_better=True), strict=True))
     costs = m["scores"]["vae"]["0"]["costs"]
     kinds = list(next(iter(costs.values())))
     rows = []
-    for candidate in means["vae"]:
-        cells = [means[name].get(candidate, "") for name in SMALL]
+    for candidate in areas["vae"]:
+        cells = [areas[name].get(candidate, "") for name in models]
         for kind in kinds:
             cells.append(spread(per_seed(m, "scores", "vae", "costs", candidate, kind), 3))
         rows.append([candidate, *cells])
-    columns = [f"{NAMES[name]}, mean of seven" for name in SMALL]
+    columns = [f"{NAMES[name]}, mean of seven" for name in models]
     columns += [f"VAE, {kind}" for kind in kinds]
     return pd.DataFrame(rows, columns=["score, AUROC ↑", *columns])
 
@@ -257,7 +268,7 @@ def scores(m):
 def mixtures(m):
     sizes = list(m["scores"]["vae"]["0"]["mixture"])
     rows = []
-    for name in SMALL:
+    for name in measured(m, "scores", SMALL):
         cells = [spread(per_seed(m, "scores", name, "mixture", size)) for size in sizes]
         rows.append([NAMES[name], *cells])
     return pd.DataFrame(rows, columns=["components", *sizes])
@@ -265,12 +276,12 @@ def mixtures(m):
 
 def left_out(m):
     runs = m["left out, seed 0"]
+    digits = list(runs["vae"])
     rows = []
-    for name in SMALL:
-        areas = list(runs[name].values())
-        cells = [f"{area:.2f}" for area in areas]
-        rows.append([NAMES[name], *cells, f"{statistics.mean(areas):.2f}"])
-    return pd.DataFrame(rows, columns=["digit left out, AUROC ↑", *runs["vae"], "mean"])
+    for name in measured(m, "left out, seed 0", SMALL):
+        areas = [runs[name][digit] for digit in digits]
+        rows.append([NAMES[name], *(f"{area:.2f}" for area in [*areas, statistics.mean(areas)])])
+    return pd.DataFrame(rows, columns=["digit left out, AUROC ↑", *digits, "mean"])
 
 
 def samples(m):
@@ -279,7 +290,7 @@ def samples(m):
     for key in ("test", "validation"):
         quality = {measure: [value] for measure, value in images[key].items()}
         rows.append(["", f"{key} images", *sample_cells(quality)])
-    for name in SMALL:
+    for name in measured(m, "samples", SMALL):
         for source in m["samples"][name]["0"]:
             quality = {}
             for measure in images["test"]:
@@ -378,7 +389,7 @@ def quick(m):
 def on_demand(m):
     """The share of the digits drawn to order that are taken for what was asked for."""
     parts = []
-    for name in SMALL:
+    for name in measured(m, "digits on demand", SMALL):
         shares = {}
         for digit in range(10):
             shares[digit] = mean(m, "digits on demand", name, str(digit))
@@ -459,22 +470,22 @@ def anomalies_text(m):
         f"Of {len(standings)} kinds of anomaly, by the AUROC of the anomaly score, the VAE is\n\n"
     )
     text += "\n".join(items)
-    if set(SMALL) <= set(m.get("left out, seed 0", {})):
+    if "vae" in m.get("left out, seed 0", {}):
         text += f"\n\n{left_out_text(m)}"
     return text
 
 
 def left_out_text(m):
-    means = {}
-    for name in SMALL:
-        means[name] = statistics.mean(m["left out, seed 0"][name].values())
-    areas = m["left out, seed 0"]["vae"]
+    runs = m["left out, seed 0"]
+    areas = runs["vae"]
+    others = []
+    for name in measured(m, "left out, seed 0", SMALL[1:]):
+        others.append(f", {statistics.mean(runs[name].values()):.2f} by {NAMES[name]}")
     hardest = min(areas, key=areas.get)
     return (
         "A digit that was left out of training is told from all others with an AUROC of "
-        f"{means['vae']:.2f} on average, by AE 12 with {means['ae12']:.2f}, by AE 32 with "
-        f"{means['ae32']:.2f} (five epochs, one seed). The VAE's hardest is the {hardest}: "
-        f"{areas[hardest]:.2f}."
+        f"{statistics.mean(areas.values()):.2f} on average{''.join(others)} (five epochs, one "
+        f"seed). The VAE's hardest is the {hardest}: {areas[hardest]:.2f}."
     )
 
 
@@ -495,7 +506,8 @@ PLACES = {
     "results": Place(results, "measure.py test"),
     "verdict": Place(verdict, "measure.py compare"),
     "edits": Place(edits, "measure.py edits"),
-    "test set": Place(test_set, "measure.py test` and `likelihood"),
+    "test set": Place(test_set, "measure.py test"),
+    "likelihood": Place(likelihood, "measure.py likelihood"),
     "models": Place(models, "measure.py test"),
     "robustness": Place(robustness, "measure.py compare"),
     "differences": Place(lambda m: differences(m, "error", 1), "measure.py compare"),

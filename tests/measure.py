@@ -434,10 +434,8 @@ def candidate_scores(model, mixture, images):
     }
     if model.variational:
         loss = utils.loss_per_image(model, images).loss
-        log_p = utils.log_likelihood(model, images, 50)
         scores["-ELBO"] = loss
         scores["-ELBO less entropy"] = loss - entropy
-        scores["-log p(x), 50 samples, less entropy"] = -log_p - entropy
     return {name: values.numpy() for name, values in scores.items()}
 
 
