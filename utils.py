@@ -1576,6 +1576,8 @@ def squared_error(images, originals):
 
 # ---------------------------------------- Own digit ----------------------------------------
 
+MARGIN = 4  # pixels of paper around a page of 280, for a digit that reaches the border
+
 
 def read_digit(path):
     """Read a picture of one handwritten digit and make it an image like MNIST's.
@@ -1639,9 +1641,9 @@ def _first_look(page):
     page, ink = _dark_on_light(page)
     # A tight crop cuts strokes, and what reaches the border looks like a shadow. A margin of paper
     # keeps them off it. The paper is the median of the left and right edge: few strokes end there.
-    padded = np.pad(page, 4, constant_values=np.median(page[:, [0, -1]]))
+    padded = np.pad(page, MARGIN, constant_values=np.median(page[:, [0, -1]]))
     padded, padded_ink = _dark_on_light(padded)
-    is_cut = _is_cut(np.pad(ink, 4), padded_ink)
+    is_cut = _is_cut(np.pad(ink, MARGIN), padded_ink)
     return (padded, padded_ink) if is_cut else (page, ink)
 
 
@@ -1651,14 +1653,21 @@ def _is_cut(ink, padded_ink):
     # the height. Shadows and tables do not.
     is_dark = padded_ink.max() > max(0.35, 2.2 * ink.max())
     is_tall = padded_ink.any(1).mean() > 0.7  # the share of rows with ink
-    return (is_dark and is_tall) or _fills_holes(ink > 0, padded_ink > 0)
+    return (is_dark and is_tall) or _is_hole(ink > 0, padded_ink > 0)
 
 
-def _fills_holes(mask, strokes):
-    """Whether a mask is what the strokes enclose, such as a 4's triangle; both (h, w) bool."""
+def _is_hole(mask, strokes):
+    """Whether a mask is a hole, such as a 4's triangle, in strokes that reach the page's border.
+
+    Both are (h, w) bool, with a margin. A sheet of paper on a desk, of which a digit is the hole,
+    does not reach the border.
+    """
+    border = [MARGIN, -MARGIN - 1]  # the first and last row or column of the page
+    reach_border = strokes[border].any() or strokes[:, border].any()
     enclosed = mask & ndimage.binary_fill_holes(strokes)
     shared = mask & strokes
-    return enclosed.sum() > 0.95 * mask.sum() and shared.sum() < 0.5 * mask.sum()
+    is_enclosed = enclosed.sum() > 0.95 * mask.sum()
+    return reach_border and is_enclosed and shared.sum() < 0.5 * mask.sum()
 
 
 def _dark_on_light(page):

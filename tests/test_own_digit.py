@@ -275,6 +275,14 @@ def test_the_hole_of_a_digit_that_the_border_cuts_is_not_taken_for_the_ink(read,
     assert agree(whole, read(ink if light else 1 - 0.8 * ink))
 
 
+def test_a_sheet_on_a_dark_desk_is_not_taken_for_a_digit_with_a_hole(read):
+    six = [(190, 110), (110, 190), *ellipse(155, 240, 50, 45)]
+    ink = pen((300, 400), six, 20)
+    desk = page(0.08)
+    desk[70:340, 50:250] = np.linspace(0.85, 0.6, 300)[50:250]
+    assert agree(read(1 - 0.8 * ink), read(desk * (1 - 0.8 * ink)))
+
+
 # What is no digit, or more than one
 
 
