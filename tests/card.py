@@ -309,11 +309,14 @@ def sample_cells(quality):
 
 
 def edits(m):
-    """What came of each edit of utils.py."""
-    rows = [["none", f"{m['test']['vae']['0']['validation loss']:.2f}"]]
-    for runs in m["edits"].values():
-        rows.append([runs["0"]["edit"], f"{runs['0']['validation loss']:.2f}"])
-    return pd.DataFrame(rows, columns=["edit", "validation loss after it"])
+    """What came of each edit of utils.py; the differences are those to the network as it is."""
+    own = statistics.mean(per_seed(m, "edits", "none", "validation loss"))
+    rows = []
+    for name, runs in m["edits"].items():
+        losses = per_seed(m, "edits", name, "validation loss")
+        difference = "" if name == "none" else f"{statistics.mean(losses) - own:+.1f}"
+        rows.append([runs["0"]["edit"], spread(losses), difference])
+    return pd.DataFrame(rows, columns=["edit", "validation loss", "difference"])
 
 
 def benchmark(m):
