@@ -248,7 +248,8 @@ def test_an_edit_fits_utils_and_changes_the_run(name, few, tmp_path):
         utils.seed_everything(0)
         history = module.fit(module.VAE(), *few, epochs=2, batch_size=4)
         losses.append(history[-1]["val_loss"])
-    assert losses[0] != losses[1] and np.isfinite(losses).all()
+    assert np.isfinite(losses).all()
+    assert (losses[0] == losses[1]) == (name == "none")
 
 
 def test_an_edit_that_does_not_fit_is_refused():
@@ -259,7 +260,7 @@ def test_an_edit_that_does_not_fit_is_refused():
 @pytest.mark.slow
 def test_an_edited_copy_is_what_trains(runs, monkeypatch):
     made_up = "utils.Data('made up', *3 * [utils.Split(torch.rand(64, 1, 28, 28), None)])"
-    script = measure.TRAIN_EDITED.replace('utils.load_images("mnist", data_folder)', made_up)
+    script = measure.TRAIN_EDITED.replace('utils.load_images("mnist5k")', made_up)
     script = script.replace("*images,", "*images, epochs=1,")
     assert script.count(made_up) == script.count("epochs=1") == 1
     monkeypatch.setattr(measure, "TRAIN_EDITED", script)
