@@ -1,77 +1,98 @@
-"""Sections 8 and 9 of the analysis notebook: what upload, canvas and sliders do, in a thread."""
+"""The last two sections of the analysis notebook: what upload, canvas and sliders answer."""
 
+import asyncio
 import html
 import io
+import re
 import shutil
+import sys
 import threading
+import types
+from unittest.mock import Mock
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 
-ANALYSIS = "vae_mnist_analysis_visualizations.ipynb"
+ANALYSIS = ROOT / "vae_mnist_analysis_visualizations.ipynb"
 EXAMPLE = ROOT / "images/example_digit.jpg"
-# Of the cells above section 8, those that it builds upon, by a line of each.
-ABOVE = [
-    "import ipywidgets as widgets",
-    "from PIL import Image, ImageDraw",
-    'SOURCE = "auto"',
-    "utils.seed_everything(SEED)",
-    "vae = utils.load_best(",
-    "def save(figure, name):",
-    "firsts = torch.tensor(",
-    "kl = utils.kl_per_dimension(",
-    "train_mu = ",
-    "start = mu[firsts[-1]]",
-    "all_scores = ",
-]
+SEVEN = [(75, 60), (225, 60), (180, 155), (140, 250)]
+BAR = [(100, 155), (200, 155)]
+ONE = [(150, 50), (150, 250)]
 
 
 def cells_needed():
-    cells = nbformat.read(ROOT / ANALYSIS, 4).cells
-    first = next(i for i, cell in enumerate(cells) if "## 8. Your own digit" in cell.source)
-    above = [cell.source for cell in cells[:first] if cell.cell_type == "code"]
-    below = [cell.source for cell in cells[first:] if cell.cell_type == "code"]
-    needed = []
-    for line in ABOVE:
-        (source,) = [source for source in above if line in source]
-        needed.append(source)
-    return needed + below
+    """The cells before section 1 (settings, data, models), and those of the last two sections."""
+    cells = nbformat.read(ANALYSIS, 4).cells
+    (first,) = [i for i, cell in enumerate(cells) if cell.source.startswith("## 1. ")]
+    (own,) = [i for i, cell in enumerate(cells) if cell.source.startswith("## 7. Your own digit")]
+    needed = cells[:first] + cells[own:]
+    return [cell.source for cell in needed if cell.cell_type == "code"]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The names of the cells, run on scikit-learn's digits as if a person sat before them.
+def run_cells(models, live=True):
+    """The names of those cells, run on the 5,000 digits as if a person sat before them.
 
     With the reference models, whatever models of one's own there are.
     """
-    models = tmp_path_factory.mktemp("models")
-    for reference in (ROOT / "models_mnist").glob("*_reference.safetensors"):
-        shutil.copy(reference, models)
-    scope = {"thresholds": {("VAE", "reconstruction"): torch.tensor(9.0)}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for source in cells_needed():
-            exec(source.replace("%matplotlib inline", ""), scope)
-            scope["SOURCE"] = "digits"
-            scope["MODEL_DIR"] = models
-            if "live" in scope:
-                scope["live"] = True
+    scope = {}
+    for source in cells_needed():
+        exec(re.sub("^%.*", "", source, flags=re.M), scope)
+        if "SOURCE" in source and "SEED" in source:
+            scope.update(SOURCE="mnist5k", MODEL_DIR=models)
+        if live and "live" in scope:
+            scope["live"] = True
     plt.close("all")
     return scope
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for reference in (ROOT / "models_mnist").glob("*_reference.safetensors"):
+        shutil.copy(reference, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live_page(models):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run_cells(models)
+
+
+@pytest.fixture
+def page(live_page, monkeypatch):
+    """The page as it is after "clear", with a pen that need not rest long; pyplot is refused."""
+
+    def refused(*_, **__):
+        pytest.fail("pyplot in a callback")
+
+    in_a_thread(live_page["clear"], None)
+    monkeypatch.setattr(plt, "figure", refused)
+    monkeypatch.setitem(live_page, "REST", 0.05)
+    monkeypatch.chdir(ROOT)
+    return live_page
+
+
 def in_a_thread(function, *arguments):
-    """Messages of widgets are handled in a thread that has no pyplot state of its own."""
+    """Call as a kernel does: in a thread without a pyplot of its own, in an event loop.
+
+    Returns when the pen has rested and the answer is there.
+    """
     errors = []
+
+    async def act():
+        function(*arguments)
+        await asyncio.sleep(0.1)
 
     def call():
         try:
-            function(*arguments)
+            asyncio.run(act())
         except BaseException as error:
             errors.append(error)
 
@@ -91,81 +112,183 @@ def pixels(content):
     return np.asarray(Image.alpha_composite(white, picture).convert("L"))
 
 
-def draw(page, stroke):
-    """A stroke of the mouse, by the messages that a browser sends."""
-    events = ["mouse_down"] + ["mouse_move"] * (len(stroke) - 1) + ["mouse_up"]
-    for event, (x, y) in zip(events, [*stroke, stroke[-1]], strict=True):
-        page["canvas"]._handle_frontend_event(None, {"event": event, "x": x, "y": y}, [])
+def is_empty(page):
+    return page["answer"].value == page["NOTHING"]
 
 
-def upload(page, name, content):
-    file = {"name": name, "type": "image/png", "size": len(content), "last_modified": 0}
-    page["upload"].set_state({"value": [{**file, "content": memoryview(content)}]})
+def said(page):
+    return html.unescape(page["verdict"].value)
 
 
-SEVEN = [(60, 50), (120, 50), (180, 50), (145, 125), (110, 200)]
-BAR = [(80, 125), (160, 125)]
+def send(page, event, x, y):
+    page["canvas"]._handle_frontend_event(None, {"event": event, "x": x, "y": y}, [])
 
 
-@pytest.fixture
-def no_pyplot(monkeypatch):
-    def refused(*_, **__):
-        pytest.fail("pyplot in a callback")
+def draw(page, *strokes):
+    """Strokes of the mouse, by the messages that a browser sends."""
+    for stroke in strokes:
+        send(page, "mouse_down", *stroke[0])
+        for point in stroke[1:]:
+            send(page, "mouse_move", *point)
+        send(page, "mouse_up", *stroke[-1])
 
-    monkeypatch.setattr(plt, "figure", refused)
+
+def choose(page, name, content):
+    """Choose a file, by the messages of the front end of the installed ipywidgets."""
+    (button,) = page["upload"].children
+    about = {"name": name, "type": "image/png", "size": len(content)}
+    if ipywidgets.__version__.startswith("7."):
+        about["lastModified"] = 0
+        button.set_state({"metadata": [about], "data": [memoryview(content)], "_counter": 1})
+    else:
+        file = {**about, "last_modified": 0, "content": memoryview(content)}
+        button.set_state({"value": [file]})
 
 
-def test_a_drawing_is_followed_stroke_by_stroke_and_cleared(page, no_pyplot):
-    row, verdict = page["row"], page["verdict"]
-    in_a_thread(page["clear"], None)
-    assert pixels(row.value).min() == 255 and verdict.value == ""
+def test_a_drawing_is_judged_when_the_pen_has_rested(page, monkeypatch):
+    judged = []
+    judge = page["judge_drawing"]
+    monkeypatch.setitem(page, "judge_drawing", lambda: judged.append(len(page["strokes"])))
+    in_a_thread(draw, page, SEVEN, BAR)
+    assert judged == [2], "once, not for every stroke"
+    judge()
+    assert "Not flagged" in said(page) and pixels(page["answer"].value).std() > 30
+
+
+def test_undo_takes_back_a_stroke_and_clear_all(page):
     in_a_thread(draw, page, SEVEN)
-    seven = row.value
-    assert pixels(seven).std() > 30 and "Anomaly score" in verdict.value
+    seven = page["answer"].value
+    assert "training digits: 7 (" in said(page)
     in_a_thread(draw, page, BAR)
-    assert pixels(row.value).std() > 30 and row.value != seven
-    in_a_thread(page["clear"], None)
-    assert pixels(row.value).min() == 255 and verdict.value == ""
+    assert page["answer"].value != seven
+    in_a_thread(page["undo"], None)
+    assert page["answer"].value == seven
+    in_a_thread(page["undo"], None)
+    assert is_empty(page) and said(page) == ""
+    in_a_thread(page["undo"], None)  # there is nothing left
     in_a_thread(draw, page, SEVEN)
-    assert row.value == seven
+    in_a_thread(page["clear"], None)
+    assert is_empty(page) and said(page) == "" and page["strokes"] == []
 
 
-def test_an_uploaded_picture_is_drawn_also_twice_in_a_row(page, no_pyplot):
+def test_clear_before_the_pen_has_rested(page):
+    def draw_and_clear():
+        draw(page, SEVEN)
+        page["clear"](None)
+
+    in_a_thread(draw_and_clear)
+    assert is_empty(page) and said(page) == ""
+
+
+@pytest.mark.parametrize("stroke", [[(150, 150)], [(150, 150), (160, 155)], [(0, 0)]])
+def test_a_dot_is_not_called_no_ink(page, stroke):
+    in_a_thread(draw, page, stroke)
+    assert "a dot, a blob or a short stroke is no digit" in said(page)
+    assert "no ink" not in said(page) and "lines or squares" not in said(page)
+    assert is_empty(page)
+
+
+@pytest.mark.parametrize("event", ["mouse_out", "mouse_move"])
+def test_a_stroke_ends_where_it_leaves_the_square(page, event):
+    def leave_and_come_back():
+        send(page, "mouse_down", *ONE[0])
+        send(page, "mouse_move", *ONE[1])
+        send(page, event, 150, 340)
+        send(page, "mouse_move", 20, 20)
+
+    in_a_thread(leave_and_come_back)
+    assert page["strokes"] == [[*ONE, (150, 340)]] and page["stroke"] == []
+    assert "A stroke left the square" in said(page) and "training digits: 1 (" in said(page)
+
+
+def test_a_hint_is_painted_until_the_first_stroke(page, monkeypatch):
+    painted = []
+    monkeypatch.setattr(page["canvas"], "put_image_data", painted.append)
+    in_a_thread(page["clear"], None)
+    assert painted[-1].min() < 200
+    in_a_thread(draw, page, SEVEN)
+    assert painted[-1].min() == 255
+    page["repaint"]()  # of a reloaded page
+    assert painted[-1].min() == 0
+
+
+def test_a_picture_is_shown_also_twice_in_a_row(page):
     for _ in range(2):
-        in_a_thread(page["clear"], None)
-        in_a_thread(upload, page, "drei/süß 三.jpg", EXAMPLE.read_bytes())
-        assert pixels(page["row"].value).std() > 30
-        assert "Anomaly score" in page["verdict"].value
-        assert page["upload"].value == ()
+        (button,) = page["upload"].children
+        in_a_thread(choose, page, "drei/süß 三.jpg", EXAMPLE.read_bytes())
+        assert "Anomaly score" in said(page) and pixels(page["answer"].value).std() > 30
+        assert page["upload"].children != (button,), "its counter says (1)"
 
 
-def test_a_slider_redraws_the_digit(page, no_pyplot):
-    before = pixels(page["view"].value)
-    first = page["sliders"][page["top"][0]]
-    in_a_thread(first.set_state, {"value": 2.5})
-    after = pixels(page["view"].value)
-    assert before.std() > 30 and after.std() > 30
-    assert (before != after).any()
+def test_the_value_of_either_version_is_understood(page):
+    content = EXAMPLE.read_bytes()
+    seven = {"five.jpg": {"metadata": {"name": "five.jpg"}, "content": content}}
+    eight = ({"name": "five.jpg", "content": memoryview(content)},)
+    for value in (seven, eight):
+        page["uploaded"]({"new": value})
+        assert "Anomaly score" in said(page)
+        page["clear"](None)
 
 
-@pytest.mark.parametrize("name", ["a/b.png", "süß 七.png", "<b>.png", "n" * 300 + ".png"])
+@pytest.mark.parametrize("name", ["a/b.png", "süß 7.png", "<b>.png", "n" * 300 + ".png"])
 def test_a_file_that_is_no_picture_is_named_as_its_owner_calls_it(page, name):
-    upload(page, name, EXAMPLE.read_bytes())
-    upload(page, name, b"no picture")
-    said = html.unescape(page["verdict"].value)
-    assert name in said
-    assert "tmp" not in said.replace(name, "") and "/picture" not in said
-    assert pixels(page["row"].value).min() == 255, "the picture of the one before"
+    in_a_thread(choose, page, name, EXAMPLE.read_bytes())
+    in_a_thread(choose, page, name, b"no picture")
+    assert name in said(page) and "<b>" not in page["verdict"].value
+    assert "tmp" not in said(page).replace(name, "") and "picture-file" not in said(page)
+    assert is_empty(page), "the picture of the one before"
 
 
-def test_the_verdict_of_a_model_of_small_digits_says_so(page, digits):
-    noise = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    said = page["verdict_on"](noise)
-    assert "Flagged" in said and "small, blurred digits" in said
-    assert "Taken for a digit" in page["verdict_on"](digits.train.images[:1])
+def test_a_picture_is_found_by_its_name(page):
+    field = page["field"]
+    in_a_thread(draw, page, SEVEN)
+    in_a_thread(field.set_state, {"value": ' "images/example_digit.jpg" '})
+    assert "training digits: 5 (" in said(page) and page["strokes"] == []
+    for wrong in ("no_such.jpg", "images", "README.md"):
+        in_a_thread(field.set_state, {"value": wrong})
+        assert wrong in said(page) and is_empty(page)
+    in_a_thread(page["clear"], None)
+    assert field.value == ""
 
 
-def test_a_page_without_a_live_kernel_makes_no_widget():
-    for source in cells_needed():
-        if "widgets." in source:
-            assert "if live:" in source
+def test_sliders_move_a_digit_and_are_reset(page):
+    first = page["sliders"][page["top"][0]]
+    start_from, view = page["start_from"], page["view"]
+    pictures = {digit: None for digit in start_from.options}
+    in_a_thread(draw, page, SEVEN)
+    for digit in pictures:
+        in_a_thread(start_from.set_state, {"index": list(pictures).index(digit)})
+        pictures[digit] = view.value
+    assert len(set(pictures.values())) == 11
+    in_a_thread(draw, page, BAR)
+    assert view.value != pictures["your own"], "the drawing goes on"
+    start, own_value = view.value, first.value
+    in_a_thread(first.set_state, {"value": first.min})
+    assert (pixels(view.value) != pixels(start)).any()
+    in_a_thread(page["start_again"], None)
+    assert view.value == start and first.value == own_value
+
+
+def test_without_ipycanvas_the_rest_works_and_says_what_to_install(models, monkeypatch):
+    colab = types.SimpleNamespace(output=Mock())
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setitem(sys.modules, "ipycanvas", None)
+    monkeypatch.chdir(ROOT)
+    page = run_cells(models)
+    assert "%pip install ipycanvas" in page["paper"].value
+    colab.output.enable_custom_widget_manager.assert_called_once_with()
+    in_a_thread(choose, page, "five.jpg", EXAMPLE.read_bytes())
+    assert "Anomaly score" in said(page)
+    in_a_thread(page["undo"], None)
+    in_a_thread(page["clear"], None)
+    assert is_empty(page)
+
+
+def test_a_page_that_nobody_sits_before_makes_no_widget(models, monkeypatch, capsys):
+    def refused(*_, **__):
+        pytest.fail("a widget")
+
+    monkeypatch.setattr(ipywidgets.Widget, "__init__", refused)
+    monkeypatch.chdir(ROOT)
+    run_cells(models, live=False)
+    assert "The controls need a running kernel" in capsys.readouterr().out
