@@ -36,7 +36,6 @@ import os
 import platform
 import random
 import sys
-import sysconfig
 import time
 import types
 import warnings
@@ -602,9 +601,8 @@ def fit(
         }
 
     images = train_images.to(_device(network))
-    steps = math.ceil(len(images) / batch_size)  # in an epoch
     optimizer = make_optimizer(network)
-    average = _running_average(network, steps)
+    average = _running_average(network, math.ceil(len(images) / batch_size))
     best = copy.deepcopy(network)  # the running average after its best epoch
     parts = {"model": network, "average": average, "best": best, "optimizer": optimizer}
     came_with = copy.deepcopy(network.state_dict())
@@ -612,41 +610,36 @@ def fit(
         history = _restore(path, resume, settings, parts) if path else []
         saved = len(history)  # epochs that are on disk
         try:
-            with _progress_bar(epochs * steps, saved * steps) as bar:
-                for epoch in range(saved + 1, epochs + 1):
-                    started = time.perf_counter()
-                    train = _train_epoch(
-                        model, optimizer, average, images, settings, objective, epoch, bar
-                    )
-                    val = evaluate(average.module, val_images, num_samples=1, beta=beta)
-                    _check_finite(val.loss, f"in the validation after epoch {epoch}")
-                    row = {
-                        "epoch": epoch,
-                        **_named("train", train),
-                        **_named("val", val),
-                        "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
-                        "seconds": time.perf_counter() - started,
-                    }
-                    history.append(row)
-                    _say(_format_row(row, settings))
-                    best_row = min(history, key=lambda row: row["val_loss"])
-                    if row == best_row:
-                        best.load_state_dict(average.module.state_dict())
-                    about = {"settings": settings, "history": history.copy()}
-                    best.metadata = {**metadata, **best_row, **about}
-                    if path and _save_run(path, parts, is_first=saved == 0):
-                        saved = epoch
-                    if on_epoch:
-                        on_epoch(copy.deepcopy(average.module).eval(), dict(row))
+            for epoch in range(saved + 1, epochs + 1):
+                started = time.perf_counter()
+                train = _train_epoch(model, optimizer, average, images, settings, objective, epoch)
+                val = evaluate(average.module, val_images, num_samples=1, beta=beta)
+                row = {
+                    "epoch": epoch,
+                    **{f"train_{name}": value for name, value in train._asdict().items()},
+                    **{f"val_{name}": value for name, value in val._asdict().items()},
+                    "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
+                    "seconds": time.perf_counter() - started,
+                }
+                _check_finite(row)
+                _say(_format_row(row, settings))
+                history.append(row)
+                best_row = min(history, key=lambda row: row["val_loss"])
+                if row == best_row:
+                    best.load_state_dict(average.module.state_dict())
+                about = {"settings": settings, "history": history.copy()}
+                best.metadata = {**metadata, **best_row, **about}
+                if path and _save_run(path, parts, is_first=saved == 0):
+                    saved = epoch
+                if on_epoch:
+                    on_epoch(copy.deepcopy(average.module).eval(), dict(row))
         except BaseException as error:
             network.load_state_dict(came_with)
             network.zero_grad()
-            kept = "Stopped. Nothing of this run is kept: none of its epochs was saved."
+            kept = "Nothing of this run is kept: none of its epochs was saved."
             if saved:
-                kept = f"Stopped. {path} keeps the best of {saved} epochs; the same call goes on."
-            if isinstance(error, KeyboardInterrupt | FloatingPointError):
-                raise type(error)(f"{error} {kept}".strip()) from None
-            _say(kept)
+                kept = f"{path} keeps the best of {saved} epochs; the same call goes on from there."
+            error.args = (f"{error} Stopped. {kept}".strip(),)
             raise
     network.load_state_dict(best.state_dict())
     network.metadata = best.metadata
@@ -654,16 +647,19 @@ def fit(
     return history
 
 
-def _train_epoch(model, optimizer, average, images, settings, objective, epoch, bar):
+def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
     seed = settings["seed"] * 100_003 + epoch  # another one for every seed and epoch
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order.to(images.device).split(settings["batch_size"])
-    losses = []  # moved to the CPU once, after the last step
+    name = f"epoch {epoch}/{settings['epochs']}"
+    total = torch.zeros(3, dtype=torch.float32, device=images.device)
+    devices = [images.device] if images.device.type == "cuda" else []
     model.train()
-    with _seeded(seed, images.device):  # what draws without a generator, such as dropout
-        for step, rows in enumerate(batches):
+    with torch.random.fork_rng(devices), _progress_bar(batches, name) as bar:
+        torch.manual_seed(seed)  # what draws without a generator, such as dropout
+        for step, rows in enumerate(bar):
             progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
             for group in optimizer.param_groups:
                 # This overwrites the rate of a torch scheduler: edit `learning_rate_at` instead.
@@ -671,30 +667,12 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch, 
             loss = train_step(
                 model, images[rows], optimizer, objective, noise, settings["beta"], progress
             )
-            losses.append(torch.stack(loss).detach())
+            total += len(rows) * torch.stack(loss).detach()
             if (step + 1) % _averaging_interval(len(batches)) == 0:
                 average.update_parameters(model)
-                bar.set_description_str(
-                    f"epoch {epoch}/{settings['epochs']}, batch {step + 1}/{len(batches)}, "
-                    f"loss {loss.loss.item():.1f}",
-                    refresh=False,
-                )
-            bar.update()
-    losses = torch.stack(losses).cpu().double()
-    for step, values in enumerate(losses, start=1):
-        _check_finite(values.sum(), f"at epoch {epoch}, step {step}")
-    sizes = torch.tensor([len(rows) for rows in batches]).double()
-    means = sizes @ losses / sizes.sum()  # every image weighted the same, in the last batch, too
+                bar.set_description_str(f"{name}, loss {loss.loss.item():.1f}", refresh=False)
+    means = total / len(images)  # every image weighted the same, in the last batch, too
     return Loss(*means.tolist())
-
-
-@contextlib.contextmanager
-def _seeded(seed, device):
-    """torch's global random numbers seeded for a while; then the caller's are back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _running_average(model, steps):
@@ -720,16 +698,11 @@ def _check_trainable(model):
         raise ValueError("the model was made under torch.inference_mode: make it outside of it")
 
 
-def _check_finite(loss, where):
-    if not math.isfinite(loss):
+def _check_finite(row):
+    if not math.isfinite(sum(row.values())):
         raise FloatingPointError(
-            f"the loss is not finite {where}, and training stopped: try a lower learning rate."
+            f"The loss is not finite in epoch {row['epoch']}: try a lower learning rate."
         )
-
-
-def _named(name, loss):
-    """ "val" and a Loss -> val_loss, val_bce, val_kl"""
-    return {f"{name}_{part}": value for part, value in loss._asdict().items()}
 
 
 def _format_row(row, settings):
@@ -743,42 +716,25 @@ def _format_row(row, settings):
 
 
 def _say(text):
-    """Print a line above a progress bar, with escapes for what the terminal cannot show."""
+    """Print a line, with escapes for what the terminal cannot show."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    with tqdm.external_write_mode():
-        print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _progress_bar(total, done=0, delay=0, description=None):
+def _progress_bar(steps, name, delay=0):
     """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log."""
     in_notebook = _is_live_notebook()
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
-        desc=description,
-        total=total,
-        initial=done,
-        delay=delay,
-        file=_NotebookLine() if in_notebook else None,
+        steps,
+        name,
+        file=sys.stdout if in_notebook else sys.stderr,
         disable=not (in_notebook or in_terminal),
+        delay=delay,
+        mininterval=0.5,
         leave=False,
         bar_format="{desc} |{bar:20}| {percentage:.0f} %, {remaining} left",
     )
-
-
-class _NotebookLine:
-    """A file for tqdm: what was written last stands in one output of the notebook's cell."""
-
-    output = None
-
-    def write(self, text):
-        shown = {"text/plain": text.strip()}
-        if self.output:
-            self.output.update(shown, raw=True)
-        elif text.strip():
-            self.output = sys.modules["IPython"].display.display(shown, raw=True, display_id=True)
-
-    def flush(self):
-        pass
 
 
 def _is_live_notebook():
@@ -793,23 +749,19 @@ def _restore(path, resume, settings, parts):
 
     The history is empty for a new run. CheckpointError for a file that this project did not write.
     """
-    known = read_metadata(path) if path.exists() else {"settings": None, "history": []}
-    state = _read_unfinished(path)
-    if not resume:
+    state = _read_run(path)
+    known = state["metadata"]
+    history = known.get("history", []).copy()
+    is_finished = len(history) == settings["epochs"]
+    can_go_on = is_finished or "model" in state
+    if not resume or not can_go_on or known.get("settings") != settings:
         return []
-    if known.get("settings") == settings and len(known["history"]) == settings["epochs"]:
-        finished = load_checkpoint(path, model_class=type(parts["best"]))
-        state = {"best": finished.state_dict(), "metadata": known}
-    elif state["metadata"].get("settings") != settings:
-        return []
-    for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
-    parts["best"].metadata = state["metadata"]
-    history = state["metadata"]["history"].copy()
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
+    parts["best"].metadata = known
     for row in history:
         _say(_format_row(row, settings))
-    if len(history) == settings["epochs"]:
+    if is_finished:
         _say(f"{path} holds this run, finished: it is not trained again")
     else:
         _say(f"going on after epoch {len(history)} from {_unfinished(path)}")
@@ -824,17 +776,19 @@ def _save_run(path, parts, is_first):
     """
     best = parts["best"]
     settings = best.metadata["settings"]
-    state = {name: part.state_dict() for name, part in parts.items()}
-    buffer = io.BytesIO()
-    torch.save({**state, "metadata": best.metadata}, buffer)
+    is_finished = len(best.metadata["history"]) == settings["epochs"]
     try:
         with _telling_of(path, "written"):
             if is_first:
                 _set_aside(path, settings)
-            _write(_unfinished(path), buffer.getvalue())
+            if not is_finished:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                buffer = io.BytesIO()
+                torch.save({**state, "metadata": best.metadata}, buffer)
+                _write(_unfinished(path), buffer.getvalue())
             _write(path, _pack(best, best.metadata))
-            if len(best.metadata["history"]) == settings["epochs"]:
-                _unfinished(path).unlink()
+            if is_finished:
+                _unfinished(path).unlink(missing_ok=True)
         return True
     except CheckpointError as error:
         warnings.warn(
@@ -850,56 +804,47 @@ def _unfinished(path):
     return path.with_name(f"{path.stem}.unfinished")
 
 
-def _read_unfinished(path):
-    """What it takes to go on with the run whose model is at `path`."""
+def _read_run(path):
+    """What the files of a run hold: its metadata, and the states of its parts.
+
+    The model's file has but the best model; what it takes to go on is in the other one.
+    """
+    state = {"metadata": {}}
+    if path.exists():
+        header, tensors = _read_checkpoint(path)
+        state = {"metadata": header["metadata"], "best": tensors}
     unfinished = _unfinished(path)
-    if not unfinished.exists():
-        return {"metadata": {}}
-    try:
-        state = torch.load(unfinished, map_location="cpu", weights_only=True)
-        return {**state, "metadata": dict(state["metadata"])}
-    except MemoryError:
-        raise
-    except Exception:  # whatever a reader stumbles over, the file is at fault
-        raise CheckpointError(
-            f"{unfinished} is no sound file of an unfinished run: delete it to start anew."
-        ) from None
+    if unfinished.exists():
+        try:
+            state = torch.load(unfinished, map_location="cpu", weights_only=True)
+            state["metadata"]["history"]
+        except Exception:  # whatever a reader stumbles over, the file is at fault
+            raise CheckpointError(
+                f"{unfinished} is no sound file of an unfinished run: delete it to start anew."
+            ) from None
+    return state
 
 
 def _set_aside(path, settings):
     """Rename the files of another run, model and state alike, and say what differs."""
-    if path.exists():
-        known = read_metadata(path)
-    elif _unfinished(path).exists():
-        known = _read_unfinished(path)["metadata"]
-    else:
+    known = _read_run(path)["metadata"]
+    if not known:
         return
     aside = _free_name(path)
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
             old.rename(new)
-    differences = _differences(known.get("settings", {}), settings)
-    _say(f"{path} held another run ({differences}), which is now {aside.name}")
-
-
-def _differences(old, new):
-    """What distinguishes the settings of two runs, in words."""
-    found = []
-    for name, value in new.items():
-        if old.get(name) == value:
-            continue
-        if isinstance(value, str):  # a digest
-            found.append(f"{name} changed")
-        else:
-            found.append(f"{name} {old.get(name)}, now {value}")
-    return ", ".join(found) or "the same, but resume=False"
+    old_settings = known.get("settings", {})
+    changed = [name for name, value in settings.items() if old_settings.get(name) != value]
+    difference = f"{', '.join(changed)} changed" if changed else "resume=False"
+    _say(f"{path} held another run ({difference}), which is now {aside.name}")
 
 
 def _free_name(path):
     """vae_mnist_best.safetensors -> vae_mnist_best.1.safetensors, or the next number."""
     for number in itertools.count(1):
         free = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        if not os.path.lexists(free) and not os.path.lexists(_unfinished(free)):
+        if not free.exists() and not _unfinished(free).exists():
             return free
 
 
@@ -937,63 +882,56 @@ def _tell(value):
     if isinstance(value, set | frozenset):
         return "set", sorted(value, key=repr)
     if isinstance(value, dict):
-        return str(list(value)), list(value.values())
-    if isinstance(value, functools.partial):
-        return "partial", [value.func, value.args, value.keywords]
-    if isinstance(value, types.MethodType):
-        return "method", [value.__func__, value.__self__]
+        return "dict", [*value, *value.values()]
+    if isinstance(value, functools.partial | types.MethodType):
+        return "call", list(value.__reduce__())
     if isinstance(value, property):
         return "property", [value.fget]
     if isinstance(value, nn.Module):
-        known = {*vars(nn.Module()), "metadata"}  # weights and hooks
-        own = {name: member for name, member in vars(value).items() if name not in known}
+        not_code = {*vars(nn.Module()), "metadata"}  # weights and hooks
+        own = {name: member for name, member in vars(value).items() if name not in not_code}
         return "module", [type(value), own, dict(value.named_children())]
     if _is_installed(value):
         return str(getattr(value, "__qualname__", type(value))), []
     if isinstance(value, types.FunctionType):
         return "function", _parts_of_function(value)
     if isinstance(value, type):
-        members = {name: member for name, member in vars(value).items() if name not in NOT_CODE}
-        return f"class {value.__name__}", [value.__bases__, members]
+        own = {
+            name: member
+            for name, member in vars(value).items()
+            if callable(member) or not name.startswith("__")  # __doc__, __firstlineno__
+        }
+        return "class", [value.__bases__, own]
     return "object", [type(value), getattr(value, "__dict__", None)]
 
 
 def _parts_of_function(function):
+    """Its bytecode, the globals and the variables of outer functions that it uses, its defaults."""
     told = []
-    used = {}
-    for instruction in _instructions(function.__code__):
-        argument = instruction.argval
-        if "JUMP" in instruction.opname:  # layout may move the target
-            argument = None
-        told.append((instruction.opname, argument))
-        if instruction.opname == "LOAD_GLOBAL" and argument in function.__globals__:
-            used[argument] = function.__globals__[argument]
+    codes = [function.__code__]
+    for code in codes:
+        for instruction in dis.get_instructions(code):
+            argument = instruction.argval
+            if instruction.opname == "NOP":  # it stands for a line
+                continue
+            if instruction.argrepr.startswith("to "):  # a jump, whose target layout may move
+                argument = None
+            if isinstance(argument, types.CodeType):  # a function in the function
+                codes.append(argument)
+                argument = None
+            if instruction.opname == "LOAD_GLOBAL":
+                told.append(function.__globals__.get(argument))
+            told += [instruction.opname, argument]
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return [told, function.__defaults__, function.__kwdefaults__, cells, used]
-
-
-def _instructions(code):
-    """The bytecode of a function and of the functions in it."""
-    for instruction in dis.get_instructions(code):
-        if isinstance(instruction.argval, types.CodeType):
-            yield from _instructions(instruction.argval)
-        elif instruction.opname != "NOP":  # it stands for a line
-            yield instruction
-
-
-NOT_CODE = {"__doc__", "__dict__", "__weakref__", "__firstlineno__", "__annotations__"}
+    return [told, function.__defaults__, function.__kwdefaults__, cells]
 
 
 def _is_installed(value):
-    """Whether a function, a class or an object's class comes with Python or with a package."""
-    if isinstance(value, types.ModuleType):
-        return True
-    module = sys.modules.get(getattr(value, "__module__", None))
-    file = getattr(module, "__file__", None)
-    if file is None:  # built in, or typed in a notebook
-        return module is not None and module.__name__ != "__main__"
-    is_package = any(part.endswith("-packages") for part in Path(file).parts)
-    return is_package or Path(file).is_relative_to(sysconfig.get_path("stdlib"))
+    """Whether a module, function, class or object comes with Python or with a package."""
+    name = getattr(value, "__module__", None) or "builtins"
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    in_package = "site-packages" in file or "dist-packages" in file
+    return in_package or name.split(".")[0] in sys.stdlib_module_names
 
 
 # ---------------------------------------- Checkpoints ----------------------------------------
@@ -1036,8 +974,7 @@ def load_checkpoint(path, device="cpu", model_class=VAE):
     network of the code computes something else than the one that was saved.
     """
     path = _as_path(path, "path")
-    header, tensors = _unpack(_read(path), path)
-    model = _rebuild(model_class, header, tensors, path)
+    model = _rebuild(model_class, *_read_checkpoint(path), path)
     return model.to(device).eval()
 
 
@@ -1046,8 +983,7 @@ def read_metadata(path):
 
     Raises FileNotFoundError where there is none, CheckpointError for an unsound file.
     """
-    path = _as_path(path, "path")
-    header, _ = _unpack(_read(path), path)
+    header, _ = _read_checkpoint(_as_path(path, "path"))
     return header["metadata"]
 
 
@@ -1072,28 +1008,24 @@ def load_best(folder, data_name, variational=True, device="cpu"):
     own = checkpoint_path(folder, data_name, variational)
     reference = checkpoint_path(folder, "mnist", variational, which="reference")
     problem = FileNotFoundError(f"there is no {own.name} and no {reference.name} in {folder}")
-    for path, data_of_model in ((own, data_name), (reference, "mnist")):
+    for path, whose, name in ((own, "your own", data_name), (reference, "the reference", "mnist")):
         if not path.exists():
             continue
         try:
             model = load_checkpoint(path, device)
             known = model.metadata
-            is_as_named = known.get("data") == data_of_model and known["variational"] == variational
-            if not is_as_named or known.get("left_out") is not None:
-                raise CheckpointError(
-                    f"{path} is not what its name says: data {known.get('data')}, variational "
-                    f"{known['variational']}, without the digit {known.get('left_out')}."
-                )
+            expected = {"data": name, "left_out": None, "variational": variational}
+            found = {name: known.get(name) for name in expected}
+            if found != expected:
+                raise CheckpointError(f"{path} is not what its name says: {found}")
         except CheckpointError as error:
             _say(f"Left out: {error}")
             problem = error
             continue
-        whose = "your own" if path == own else "the reference"
-        beta = known.get("settings", {}).get("beta", 1)
         _say(
-            f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta {beta:g}, epoch "
-            f"{known.get('epoch')} of {len(known.get('history', []))}, validation loss "
-            f"{known.get('val_loss', math.nan):.2f} nats, saved {known['saved']}"
+            f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta "
+            f"{known['settings']['beta']:g}, epoch {known['epoch']} of {len(known['history'])}, "
+            f"validation loss {known['val_loss']:.2f} nats, saved {known['saved']}"
         )
         return model
     raise problem
@@ -1103,8 +1035,6 @@ def _path_to_write(value, name, allow_reference=False):
     path = _as_path(value, name)
     if path.stem.endswith("_reference") and not allow_reference:
         raise ValueError(f"{path} is a reference checkpoint, which no run writes: use another name")
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to a file that does not exist")
     return path
 
 
@@ -1148,34 +1078,32 @@ def _pack(model, metadata):
             "metadata must be plain values: text, finite numbers, bool, None, and lists and dicts "
             "of them, with text as keys"
         )
-    written = {"json": text, "sha256": _digest(tensors, text)}
-    content = safetensors.torch.save(tensors, written)
-    what = "what would be saved"
-    _rebuild(type(model), *_unpack(content, what), what)
+    content = safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
+    _rebuild(type(model), header, tensors, "what would be saved")
     return content
 
 
-def _unpack(content, source):
+def _read_checkpoint(path):
     """The header and the tensors that `_pack` put into a file."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
+        )
+    with _telling_of(path, "read"):
+        content = path.read_bytes()
     try:
-        if content.startswith(b"PK"):
-            raise ValueError("it is a .pt file of torch.save, a format that is not read")
         tensors = safetensors.torch.load(content)
         header_bytes = int.from_bytes(content[:8], "little")
         written = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
+        header = json.loads(written["json"])
         if written["sha256"] != _digest(tensors, written["json"]):
             raise ValueError("its content is not what was written")
-        header = json.loads(written["json"])
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']}, not {FORMAT}")
         return header, tensors
-    except MemoryError:
-        raise
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
-        reason = str(error)[:150] or type(error).__name__
-        raise CheckpointError(
-            f"{source} is no sound checkpoint of this project ({reason})"
-        ) from None
+        reason = str(error)[:150]
+        raise CheckpointError(f"{path} is no sound checkpoint of this project ({reason})") from None
 
 
 def _rebuild(model_class, header, tensors, source):
@@ -1191,23 +1119,16 @@ def _rebuild(model_class, header, tensors, source):
             model = model_class(latent_dim=known["latent_dim"], variational=known["variational"])
         model.float()  # whatever torch's default is
         model.load_state_dict(tensors)
-        found = _behaviour(model)
-    except MemoryError:
-        raise
+        if not np.allclose(_behaviour(model), header["behaviour"], rtol=1e-3, atol=1e-6):
+            raise ValueError("the same weights give other results")
     except Exception as error:  # a class of one's own may fail in any way
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(_other_network(source, reason)) from None
-    if not np.allclose(found, header["behaviour"], rtol=1e-3, atol=1e-6):
-        raise CheckpointError(_other_network(source, "the same weights give other results"))
+        raise CheckpointError(
+            f"{source} was trained by another network than the code has now ({reason}): train "
+            "again, or undo the edit"
+        ) from None
     model.metadata = known
     return model
-
-
-def _other_network(source, reason):
-    return (
-        f"{source} was trained by another network than the code has now ({reason}): train again, "
-        "or undo the edit"
-    )
 
 
 @torch.no_grad()
@@ -1222,19 +1143,9 @@ def _behaviour(model):
         logits = model.decode(mu)
     outputs = [mu, logits] if logvar is None else [mu, logits, logvar]
     found = [float(output.square().mean()) for output in outputs]
-    if not np.isfinite(found).all():
-        raise CheckpointError("the model computes NaN or infinity: it is not saved.")
+    if not math.isfinite(sum(found)):
+        raise CheckpointError("the model computes NaN or infinity: it is not saved")
     return found
-
-
-def _read(path):
-    """The content of a checkpoint's file."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
-        )
-    with _telling_of(path, "read"):
-        return path.read_bytes()
 
 
 def _write(path, content):
@@ -1260,27 +1171,20 @@ def _telling_of(path, action):
         raise CheckpointError(f"{path} could not be {action} ({error.strerror}).") from None
 
 
-@contextlib.contextmanager
 def _lock(path):
-    """Let one process at a time use `path`; the system frees the lock of a killed one.
+    """Let one process at a time use `path`, until the `with` ends or the process is killed.
 
     CheckpointError if another process holds it, or if its folder is not writable.
     """
     lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        with _telling_of(path, "written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-    except filelock.Timeout:
-        raise CheckpointError(
-            f"another process is training into {path}: wait for it, or use another name"
-        ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes no open file
-            os.unlink(lock.lock_file)
-        lock.release()
+    with _telling_of(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire()
+        except filelock.Timeout:
+            raise CheckpointError(
+                f"another process is training into {path}: wait for it, or use another name"
+            ) from None
 
 
 # ---------------------------------------- Evaluation ----------------------------------------
@@ -1324,11 +1228,9 @@ def loss_per_image(model, images, num_samples=10, seed=0):
         return Loss(bce, bce, torch.zeros_like(bce))
     generator = torch.Generator().manual_seed(seed)
     bces = []
-    with _progress_bar(num_samples, delay=5, description="evaluating") as bar:
-        for _ in range(num_samples):
-            z = reparameterize(mu, logvar, generator)
-            bces.append(_bce_of_codes(model, z, images))
-            bar.update()
+    for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
+        z = reparameterize(mu, logvar, generator)
+        bces.append(_bce_of_codes(model, z, images))
     bce = torch.stack(bces).mean(0)
     kl = kl_per_dimension(mu, logvar).sum(1).cpu().double()
     return Loss(bce + kl, bce, kl)
@@ -1363,14 +1265,12 @@ def log_likelihood(model, images, num_samples=500, seed=0):
     sigma = (0.5 * _bounded(logvar)).exp()
     generator = torch.Generator().manual_seed(seed)
     log_weights = []
-    with _progress_bar(num_samples, delay=5, description="importance samples") as bar:
-        for _ in range(num_samples):
-            eps = _standard_normal(mu.shape, generator, mu.device)
-            z = mu + sigma * eps
-            # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
-            log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
-            log_weights.append(log_ratio - _bce_of_codes(model, z, images))
-            bar.update()
+    for _ in _progress_bar(range(num_samples), "importance samples", delay=5):
+        eps = _standard_normal(mu.shape, generator, mu.device)
+        z = mu + sigma * eps
+        # log p(z) - log q(z|x); the two constants -log(2 pi)/2 cancel
+        log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
+        log_weights.append(log_ratio - _bce_of_codes(model, z, images))
     return torch.stack(log_weights).logsumexp(0) - math.log(num_samples)
 
 
