@@ -168,7 +168,7 @@ def _mnist5k():
     """The validation images of `_mnist`, in an order of their own, split again."""
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(images), generator=_seeded(0))
     all_images = Split(images[order], torch.from_numpy(labels).long()[order])
     test, others = _take_out(all_images, 50)
     val, train = _take_out(others, 50)
@@ -193,36 +193,31 @@ def _split_from(image_file, label_file):
 
 
 def _mnist_file(path, md5):
-    """The content of one of MNIST's files; what is missing is unpacked or downloaded."""
-    packed = path.with_name(f"{path.name}.gz")
-    if not path.exists() and not packed.exists():
-        content = _download(path, md5)
+    """The content of one of MNIST's files, unpacked; what is missing is downloaded."""
+    for found in (path, path.with_name(f"{path.name}.gz")):
+        if not found.exists():
+            continue
         try:
-            _write(path, content)
-        except OSError as error:
-            raise FileNotFoundError(f"{path} could not be written ({error.strerror})") from None
-        return content
-    found = path if path.exists() else packed
-    try:
-        content = found.read_bytes()
-        if found == packed:
-            content = gzip.decompress(content)
-        _check_md5(content, md5)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{found} is not MNIST's file ({error}). Move it away, and it is downloaded again. To "
-            "train on images of your own, pass them to utils.fit"
-        ) from None
+            return _unpacked(found.read_bytes(), md5)
+        except Exception as error:  # whatever a reader stumbles over, the file is at fault
+            raise ValueError(
+                f"{found} is not MNIST's file ({error}). Move it away, and it is downloaded again. "
+                "To train on images of your own, pass them to utils.fit"
+            ) from None
+    return _download(path, md5)
+
+
+def _unpacked(content, md5):
+    """The content of a file, unpacked if it is a .gz; ValueError unless its MD5 is this one."""
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(f"its MD5 is not {md5}")
     return content
 
 
-def _check_md5(content, md5):
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise ValueError(f"its MD5 is not {md5}")
-
-
 def _download(path, md5):
-    """The content of one of MNIST's files, from the first mirror that has it.
+    """The content of one of MNIST's files, from the first mirror that has it; kept at `path`.
 
     FileNotFoundError with the reasons of all mirrors if none has.
     """
@@ -230,10 +225,10 @@ def _download(path, md5):
     for mirror in datasets.MNIST.mirrors:
         try:
             with urlopen(f"{mirror}{path.name}.gz", timeout=NETWORK_TIMEOUT) as answer:
-                content = gzip.decompress(answer.read())
-            _check_md5(content, md5)
+                content = _unpacked(answer.read(), md5)
+            _write(path, content)
             return content
-        except Exception as error:  # whatever a network does, the next mirror is asked
+        except Exception as error:  # whatever a network or a disk does, the next mirror is asked
             reasons.append(f"{mirror}: {error}")
     raise FileNotFoundError(
         f"MNIST could not be downloaded ({'; '.join(reasons)}). Put its four files "
@@ -316,6 +311,12 @@ def reparameterize(mu, logvar, generator=None):
     return mu + sigma * eps
 
 
+def _seeded(seed):
+    """A generator of random numbers on the CPU, so that they are the same for every device."""
+    _integer(seed, "seed", 0, MAX_SEED)
+    return torch.Generator().manual_seed(seed)
+
+
 def _standard_normal(shape, generator, device):
     """Noise drawn where the generator lives, so that a CPU generator repeats on any device."""
     drawn_on = device if generator is None else generator.device
@@ -360,7 +361,6 @@ class VAE(nn.Module):
 
         logvar is None for a plain autoencoder.
         """
-        _check_images(x, check_values=False)  # callers check values once, not in every batch
         mu, logvar = self.encoder(x)
         return mu, (logvar if self.variational else None)
 
@@ -448,8 +448,6 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
-    if logits.shape != x.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and x {tuple(x.shape)} differ in shape")
     if logvar is not None and logvar.shape != mu.shape:
         raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     bce = bce_per_image(logits, x).mean()
@@ -592,8 +590,7 @@ def fit(
         path = _path_to_write(checkpoint, "checkpoint")
         _pack(network, metadata)  # what cannot be saved is refused before any work
         settings |= {
-            "training images": _digest({"images": train_images}),
-            "validation images": _digest({"images": val_images}),
+            "images": _digest({"training": train_images, "validation": val_images}),
             "initial weights": _digest(network.state_dict()),
             "utils.py": _code_of(fit),
             "the model": _code_of(network),
@@ -614,25 +611,17 @@ def fit(
                 started = time.perf_counter()
                 train = _train_epoch(model, optimizer, average, images, settings, objective, epoch)
                 val = evaluate(average.module, val_images, num_samples=1, beta=beta)
-                row = {
-                    "epoch": epoch,
-                    **{f"train_{name}": value for name, value in train._asdict().items()},
-                    **{f"val_{name}": value for name, value in val._asdict().items()},
-                    "learning_rate": learning_rate_at((epoch - 1) / epochs, learning_rate),
-                    "seconds": time.perf_counter() - started,
-                }
-                _check_finite(row)
-                _say(_format_row(row, settings))
-                history.append(row)
+                history.append(_row(epoch, train, val, settings, started))
+                _say(_format_row(history[-1], settings))
                 best_row = min(history, key=lambda row: row["val_loss"])
-                if row == best_row:
+                if best_row["epoch"] == epoch:
                     best.load_state_dict(average.module.state_dict())
                 about = {"settings": settings, "history": history.copy()}
                 best.metadata = {**metadata, **best_row, **about}
                 if path and _save_run(path, parts, is_first=saved == 0):
                     saved = epoch
                 if on_epoch:
-                    on_epoch(copy.deepcopy(average.module).eval(), dict(row))
+                    on_epoch(copy.deepcopy(average.module).eval(), dict(history[-1]))
         except BaseException as error:
             network.load_state_dict(came_with)
             network.zero_grad()
@@ -654,10 +643,9 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order.to(images.device).split(settings["batch_size"])
     name = f"epoch {epoch}/{settings['epochs']}"
-    total = torch.zeros(3, dtype=torch.float32, device=images.device)
-    devices = [images.device] if images.device.type == "cuda" else []
+    losses = []  # moved to the CPU once, after the last step
     model.train()
-    with torch.random.fork_rng(devices), _progress_bar(batches, name) as bar:
+    with torch.random.fork_rng(), _progress_bar(batches, name) as bar:
         torch.manual_seed(seed)  # what draws without a generator, such as dropout
         for step, rows in enumerate(bar):
             progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
@@ -667,10 +655,11 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
             loss = train_step(
                 model, images[rows], optimizer, objective, noise, settings["beta"], progress
             )
-            total += len(rows) * torch.stack(loss).detach()
+            losses.append(len(rows) * torch.stack(loss).detach())
             if (step + 1) % _averaging_interval(len(batches)) == 0:
                 average.update_parameters(model)
                 bar.set_description_str(f"{name}, loss {loss.loss.item():.1f}", refresh=False)
+    total = torch.stack(losses).cpu().double().sum(0)
     means = total / len(images)  # every image weighted the same, in the last batch, too
     return Loss(*means.tolist())
 
@@ -698,11 +687,18 @@ def _check_trainable(model):
         raise ValueError("the model was made under torch.inference_mode: make it outside of it")
 
 
-def _check_finite(row):
-    if not math.isfinite(sum(row.values())):
-        raise FloatingPointError(
-            f"The loss is not finite in epoch {row['epoch']}: try a lower learning rate."
-        )
+def _row(epoch, train, val, settings, started):
+    """A row of the history. FloatingPointError unless all losses are finite."""
+    if not math.isfinite(sum(train + val)):
+        raise FloatingPointError(f"The loss is not finite in epoch {epoch}: lower learning_rate.")
+    rate = learning_rate_at((epoch - 1) / settings["epochs"], settings["learning_rate"])
+    return {
+        "epoch": epoch,
+        **{f"train_{name}": value for name, value in train._asdict().items()},
+        **{f"val_{name}": value for name, value in val._asdict().items()},
+        "learning_rate": rate,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _format_row(row, settings):
@@ -859,50 +855,53 @@ def _code_of(value):
     notebook has put in the place of a function of this file.
     """
     told = []
-    seen = {}
+    seen = {}  # by their ids; they are kept, so that no id is given twice
     waiting = [value]
     while waiting:
         value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
-        text, parts = ("again", []) if id(value) in seen else _tell(value)
-        told.append(f"{text} {len(parts)}")
-        waiting += parts
-        if parts:
-            seen[id(value)] = value
+        if isinstance(value, str | bytes | int | float | None):
+            told.append(repr(value))
+        elif id(value) in seen:
+            number, _ = seen[id(value)]
+            told.append(f"number {number}")
+        else:
+            seen[id(value)] = (len(seen), value)
+            parts = _parts_of(value)
+            told.append(f"{type(value).__name__} of {len(parts)}")
+            waiting += parts
     return _digest({}, "\n".join(told))
 
 
-def _tell(value):
-    """A text for a value and the further values that it is made of."""
-    if isinstance(value, Tensor | np.ndarray):
-        return _digest({"": torch.as_tensor(value)}), []
-    if isinstance(value, str | bytes | int | float | None):
-        return repr(value), []
+def _parts_of(value):
+    """What a value is made of: texts, numbers and further values."""
     if isinstance(value, list | tuple):
-        return "list", list(value)
+        return list(value)
     if isinstance(value, set | frozenset):
-        return "set", sorted(value, key=repr)
+        return sorted(value, key=repr)
     if isinstance(value, dict):
-        return "dict", [*value, *value.values()]
+        return [*value, *value.values()]
+    if isinstance(value, Tensor | np.ndarray):
+        return [_digest({"": torch.as_tensor(value)})]
     if isinstance(value, functools.partial | types.MethodType):
-        return "call", list(value.__reduce__())
+        return list(value.__reduce__())
     if isinstance(value, property):
-        return "property", [value.fget]
+        return [value.fget]
     if isinstance(value, nn.Module):
         not_code = {*vars(nn.Module()), "metadata"}  # weights and hooks
         own = {name: member for name, member in vars(value).items() if name not in not_code}
-        return "module", [type(value), own, dict(value.named_children())]
+        return [type(value), own, dict(value.named_children())]
     if _is_installed(value):
-        return str(getattr(value, "__qualname__", type(value))), []
+        return [str(getattr(value, "__qualname__", type(value)))]
     if isinstance(value, types.FunctionType):
-        return "function", _parts_of_function(value)
+        return _parts_of_function(value)
     if isinstance(value, type):
         own = {
             name: member
             for name, member in vars(value).items()
             if callable(member) or not name.startswith("__")  # __doc__, __firstlineno__
         }
-        return "class", [value.__bases__, own]
-    return "object", [type(value), getattr(value, "__dict__", None)]
+        return [value.__bases__, own]
+    return [type(value), getattr(value, "__dict__", None)]
 
 
 def _parts_of_function(function):
@@ -1051,8 +1050,8 @@ def _digest(tensors, text=""):
 def _pack(model, metadata):
     """The content of a checkpoint, after a trial that it can be loaded again.
 
-    ValueError for metadata that do not come back from JSON as they were, CheckpointError for a
-    model that could not be loaded again.
+    TypeError or ValueError for metadata that do not come back from JSON as they were,
+    CheckpointError for a model that could not be loaded again.
     """
     on_cpu = copy.deepcopy(model).cpu()
     tensors = {name: tensor.contiguous() for name, tensor in on_cpu.state_dict().items()}
@@ -1068,16 +1067,9 @@ def _pack(model, metadata):
             "saved": time.strftime("%Y-%m-%d %H:%M"),
         },
     }
-    try:
-        text = json.dumps(header, allow_nan=False)
-        plain = json.loads(text) == header
-    except (TypeError, ValueError, RecursionError):
-        plain = False
-    if not plain:
-        raise ValueError(
-            "metadata must be plain values: text, finite numbers, bool, None, and lists and dicts "
-            "of them, with text as keys"
-        )
+    text = json.dumps(header, allow_nan=False)
+    if json.loads(text) != header:
+        raise ValueError("metadata must be plain values: text, numbers, bool, None, lists, dicts")
     content = safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
     _rebuild(type(model), header, tensors, "what would be saved")
     return content
@@ -1221,12 +1213,11 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     The noise is drawn for all images at once from `seed`, so that batches make no difference.
     """
     _integer(num_samples, "num_samples", 1)
-    _integer(seed, "seed", 0, MAX_SEED)
+    generator = _seeded(seed)
     mu, logvar = posterior(model, images)
     if logvar is None:
         bce = _bce_of_codes(model, mu, images)
         return Loss(bce, bce, torch.zeros_like(bce))
-    generator = torch.Generator().manual_seed(seed)
     bces = []
     for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
         z = reparameterize(mu, logvar, generator)
@@ -1258,12 +1249,11 @@ def log_likelihood(model, images, num_samples=500, seed=0):
     estimate may differ by some nats from place to place.
     """
     _integer(num_samples, "num_samples", 1)
-    _integer(seed, "seed", 0, MAX_SEED)
+    generator = _seeded(seed)
     mu, logvar = posterior(model, images)
     if logvar is None:
         raise ValueError("a plain autoencoder has no likelihood: log_likelihood needs a VAE")
     sigma = (0.5 * _bounded(logvar)).exp()
-    generator = torch.Generator().manual_seed(seed)
     log_weights = []
     for _ in _progress_bar(range(num_samples), "importance samples", delay=5):
         eps = _standard_normal(mu.shape, generator, mu.device)
@@ -1307,9 +1297,6 @@ def fit_mixture(model, images, num_components=50, seed=0):
     decoded, look better than those of the prior, and it gives a plain autoencoder a density, too
     (Ghosh et al., "From Variational to Deterministic Autoencoders", 2020).
     """
-    _check_images(images)
-    _integer(num_components, "num_components", 1, len(images))
-    _integer(seed, "seed", 0, MAX_SEED)
     mixture = GaussianMixture(num_components, reg_covar=1e-4, tol=1e-2, random_state=seed)
     mu, _ = posterior(model, images)
     return mixture.fit(mu.cpu().double().numpy())  # in float32 covariances lose their symmetry
@@ -1395,14 +1382,12 @@ def corrupt(images, kind, level, seed=0):
         raise ValueError(f"kind must be one of {list(CORRUPTIONS)}, not {kind!r}")
     corruption = CORRUPTIONS[kind]
     _number(level, "level", 0, corruption.largest)
-    _integer(seed, "seed", 0, MAX_SEED)
-    generator = torch.Generator().manual_seed(seed)
-    corrupted = corruption.apply(images.cpu(), level, generator)
+    corrupted = corruption.apply(images.cpu(), level, _seeded(seed))
     return corrupted.clamp(0, 1).to(images.device)
 
 
 def _shuffled(x, seed):
-    order = torch.randperm(784, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(784, generator=_seeded(seed))
     return x.flatten(1)[:, order].view_as(x)
 
 
@@ -1694,39 +1679,35 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
 
 def _integer(value, name, low, high=None):
     """The value as a plain int; TypeError or ValueError unless it is an integer in [low, high]."""
-    check_scalar(value, name, Integral, min_val=low, max_val=high)
-    if isinstance(value, bool):  # which Python counts among the integers
-        raise TypeError(f"{name} must be an integer, not {value}")
-    return int(value)
+    return _number(value, name, low, high, Integral)
 
 
-def _number(value, name, low, high=1e300):  # which keeps infinity out
-    """The value as a plain float; TypeError or ValueError unless it is a number in [low, high]."""
-    check_scalar(value, name, Real, min_val=low, max_val=high)
-    if isinstance(value, bool) or math.isnan(value):  # NaN compares with nothing
-        raise ValueError(f"{name} must be a number, not {value}")
-    return float(value)
+def _number(value, name, low, high=None, kind=Real):
+    """The value as a plain number; TypeError or ValueError unless it is one in [low, high]."""
+    check_scalar(value, name, kind, min_val=low, max_val=high)
+    if isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value}")
+    return np.asarray(value).item()
 
 
 def _check_model(model):
     """TypeError unless a model can be evaluated here: encode and decode, in float32."""
-    if not callable(getattr(model, "encode", None)) or not callable(getattr(model, "decode", None)):
+    if not hasattr(model, "encode") or not hasattr(model, "decode"):
         raise TypeError(f"a model needs the methods encode and decode: {type(model).__name__}")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if dtypes != {torch.float32}:
-        found = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "nothing"
-        raise TypeError(f"the model's weights must be torch.float32, not {found}: model.float()")
+    for p in model.parameters():
+        if p.dtype != torch.float32:
+            raise TypeError(
+                f"the model's weights must be torch.float32, not {p.dtype}: model.float()"
+            )
 
 
-def _check_images(images, name="images", check_values=True):
+def _check_images(images, name="images"):
     dtype = images.dtype if isinstance(images, Tensor) else type(images)
     if dtype != torch.float32:
         raise TypeError(f"{name} must be a torch.Tensor of float32, not of {dtype}")
     shape = tuple(images.shape)
     if shape[1:] != (1, 28, 28) or shape[0] == 0:
         raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
-    if not check_values:
-        return
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):  # false for NaN, too
         raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
@@ -1740,8 +1721,5 @@ def _check_pair(images, originals):
 
 
 def _as_path(value, name):
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} must be the name of a file or folder, not {type(value).__name__}")
-    if not str(value) or "\0" in str(value):
-        raise ValueError(f"{name} must be the name of a file or folder, not {value!r}")
-    return Path(os.path.expanduser(value))
+    check_scalar(value, name, (str, os.PathLike))
+    return Path(value).expanduser()
