@@ -36,6 +36,7 @@ import os
 import platform
 import random
 import sys
+import threading
 import time
 import types
 import warnings
@@ -226,7 +227,9 @@ def _download(path, md5):
         try:
             with urlopen(f"{mirror}{path.name}.gz", timeout=NETWORK_TIMEOUT) as answer:
                 content = _unpacked(answer.read(), md5)
-            _write(path, content)
+            own = path.with_name(f"{path.name}.{threading.get_native_id()}")
+            _write(own, content)  # another process may download at the same time
+            own.replace(path)
             return content
         except Exception as error:  # whatever a network or a disk does, the next mirror is asked
             reasons.append(f"{mirror}: {error}")
@@ -618,7 +621,7 @@ def fit(
                     best.load_state_dict(average.module.state_dict())
                 about = {"settings": settings, "history": history.copy()}
                 best.metadata = {**metadata, **best_row, **about}
-                if path and _save_run(path, parts, is_first=saved == 0):
+                if path and _save_run(path, parts):
                     saved = epoch
                 if on_epoch:
                     on_epoch(copy.deepcopy(average.module).eval(), dict(history[-1]))
@@ -690,7 +693,9 @@ def _check_trainable(model):
 def _row(epoch, train, val, settings, started):
     """A row of the history. FloatingPointError unless all losses are finite."""
     if not math.isfinite(sum(train + val)):
-        raise FloatingPointError(f"The loss is not finite in epoch {epoch}: lower learning_rate.")
+        raise FloatingPointError(
+            f"The loss is not finite at epoch {epoch}: try a lower learning rate."
+        )
     rate = learning_rate_at((epoch - 1) / settings["epochs"], settings["learning_rate"])
     return {
         "epoch": epoch,
@@ -764,19 +769,17 @@ def _restore(path, resume, settings, parts):
     return history
 
 
-def _save_run(path, parts, is_first):
+def _save_run(path, parts):
     """Save a run after an epoch and return whether that worked; a failure costs a warning.
 
     What it takes to go on is written before the model, and removed after it at the end: whenever
     the process is killed, the run can go on.
     """
     best = parts["best"]
-    settings = best.metadata["settings"]
-    is_finished = len(best.metadata["history"]) == settings["epochs"]
+    is_finished = len(best.metadata["history"]) == best.metadata["settings"]["epochs"]
     try:
         with _telling_of(path, "written"):
-            if is_first:
-                _set_aside(path, settings)
+            _set_aside(path, best.metadata)
             if not is_finished:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 buffer = io.BytesIO()
@@ -821,17 +824,18 @@ def _read_run(path):
     return state
 
 
-def _set_aside(path, settings):
+def _set_aside(path, metadata):
     """Rename the files of another run, model and state alike, and say what differs."""
     known = _read_run(path)["metadata"]
-    if not known:
+    is_this_run = known.get("history", [])[:1] == metadata["history"][:1]  # down to the seconds
+    if not known or is_this_run:
         return
     aside = _free_name(path)
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
             old.rename(new)
-    old_settings = known.get("settings", {})
-    changed = [name for name, value in settings.items() if old_settings.get(name) != value]
+    settings = known.get("settings", {})
+    changed = [name for name, value in metadata["settings"].items() if settings.get(name) != value]
     difference = f"{', '.join(changed)} changed" if changed else "resume=False"
     _say(f"{path} held another run ({difference}), which is now {aside.name}")
 
@@ -890,7 +894,9 @@ def _parts_of(value):
         not_code = {*vars(nn.Module()), "metadata"}  # weights and hooks
         own = {name: member for name, member in vars(value).items() if name not in not_code}
         return [type(value), own, dict(value.named_children())]
-    if _is_installed(value):
+    if isinstance(value, types.ModuleType):
+        return [value.__name__]
+    if _is_installed(getattr(value, "__module__", None) or "builtins"):
         return [str(getattr(value, "__qualname__", type(value)))]
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
@@ -907,6 +913,7 @@ def _parts_of(value):
 def _parts_of_function(function):
     """Its bytecode, the globals and the variables of outer functions that it uses, its defaults."""
     told = []
+    modules = []  # of one's own: what is used of them counts
     codes = [function.__code__]
     for code in codes:
         for instruction in dis.get_instructions(code):
@@ -918,19 +925,24 @@ def _parts_of_function(function):
             if isinstance(argument, types.CodeType):  # a function in the function
                 codes.append(argument)
                 argument = None
-            if instruction.opname == "LOAD_GLOBAL":
-                told.append(function.__globals__.get(argument))
             told += [instruction.opname, argument]
+            if instruction.opname == "LOAD_GLOBAL":
+                used = function.__globals__.get(argument)
+                told.append(used)
+                if isinstance(used, types.ModuleType) and not _is_installed(used.__name__):
+                    modules.append(used)
+            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                told += [vars(module).get(argument) for module in modules]
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     return [told, function.__defaults__, function.__kwdefaults__, cells]
 
 
-def _is_installed(value):
-    """Whether a module, function, class or object comes with Python or with a package."""
-    name = getattr(value, "__module__", None) or "builtins"
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
+def _is_installed(module_name):
+    """Whether a module comes with Python or with a package."""
+    file = getattr(sys.modules.get(module_name), "__file__", None) or ""
     in_package = "site-packages" in file or "dist-packages" in file
-    return in_package or name.split(".")[0] in sys.stdlib_module_names
+    in_python = module_name.split(".")[0] in sys.stdlib_module_names
+    return module_name != "__main__" and (in_package or in_python)
 
 
 # ---------------------------------------- Checkpoints ----------------------------------------
@@ -1236,7 +1248,8 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     per_image = loss_per_image(model, images, num_samples, seed)
     bce = float(per_image.bce.mean())
     kl = float(per_image.kl.mean())
-    return Loss(bce + beta * kl, bce, kl)
+    loss = bce + beta * kl
+    return Loss(loss, bce, kl)
 
 
 @torch.no_grad()
