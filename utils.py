@@ -1033,10 +1033,11 @@ def load_best(folder, data_name, variational=True, device="cpu"):
             _say(f"Left out: {error}")
             problem = error
             continue
+        beta = known.get("settings", {}).get("beta", 1)
         _say(
-            f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta "
-            f"{known['settings']['beta']:g}, epoch {known['epoch']} of {len(known['history'])}, "
-            f"validation loss {known['val_loss']:.2f} nats, saved {known['saved']}"
+            f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta {beta:g}, epoch "
+            f"{known.get('epoch')} of {len(known.get('history', []))}, validation loss "
+            f"{known.get('val_loss', math.nan):.2f} nats, saved {known['saved']}"
         )
         return model
     raise problem
@@ -1175,8 +1176,9 @@ def _telling_of(path, action):
         raise CheckpointError(f"{path} could not be {action} ({error.strerror}).") from None
 
 
+@contextlib.contextmanager
 def _lock(path):
-    """Let one process at a time use `path`, until the `with` ends or the process is killed.
+    """Let one process at a time use `path`; the system frees the lock of a killed one.
 
     CheckpointError if another process holds it, or if its folder is not writable.
     """
@@ -1184,11 +1186,17 @@ def _lock(path):
     with _telling_of(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return lock.acquire()
+            lock.acquire()
         except filelock.Timeout:
             raise CheckpointError(
                 f"another process is training into {path}: wait for it, or use another name"
             ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 # ---------------------------------------- Evaluation ----------------------------------------
@@ -1699,7 +1707,7 @@ def _number(value, name, low, high=None, kind=Real):
     """The value as a plain number; TypeError or ValueError unless it is one in [low, high]."""
     check_scalar(value, name, kind, min_val=low, max_val=high)
     if isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value}")
+        raise ValueError(f"{name} must be a number, not {value}")
     return np.asarray(value).item()
 
 
