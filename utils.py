@@ -648,7 +648,9 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     name = f"epoch {epoch}/{settings['epochs']}"
     losses = []  # moved to the CPU once, after the last step
     model.train()
-    with torch.random.fork_rng(), _progress_bar(batches, name) as bar:
+    done = (epoch - 1) * len(batches)
+    total = settings["epochs"] * len(batches)
+    with torch.random.fork_rng(), _progress_bar(batches, name, done, total) as bar:
         torch.manual_seed(seed)  # what draws without a generator, such as dropout
         for step, rows in enumerate(bar):
             progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
@@ -661,7 +663,8 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
             losses.append(len(rows) * torch.stack(loss).detach())
             if (step + 1) % _averaging_interval(len(batches)) == 0:
                 average.update_parameters(model)
-                bar.set_description_str(f"{name}, loss {loss.loss.item():.1f}", refresh=False)
+                state = f"batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
+                bar.set_description_str(f"{name}, {state}", refresh=False)
     total = torch.stack(losses).cpu().double().sum(0)
     means = total / len(images)  # every image weighted the same, in the last batch, too
     return Loss(*means.tolist())
@@ -722,13 +725,18 @@ def _say(text):
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
-def _progress_bar(steps, name, delay=0):
-    """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log."""
+def _progress_bar(steps, name, done=0, total=None, delay=0):
+    """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log.
+
+    It goes through `steps`, a part of `total` steps after `done` ones.
+    """
     in_notebook = _is_live_notebook()
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         steps,
         name,
+        total,
+        initial=done,
         file=sys.stdout if in_notebook else sys.stderr,
         disable=not (in_notebook or in_terminal),
         delay=delay,
@@ -817,6 +825,8 @@ def _read_run(path):
         try:
             state = torch.load(unfinished, map_location="cpu", weights_only=True)
             state["metadata"]["history"]
+        except MemoryError:
+            raise
         except Exception:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
                 f"{unfinished} is no sound file of an unfinished run: delete it to start anew."
@@ -1047,6 +1057,8 @@ def _path_to_write(value, name, allow_reference=False):
     path = _as_path(value, name)
     if path.stem.endswith("_reference") and not allow_reference:
         raise ValueError(f"{path} is a reference checkpoint, which no run writes: use another name")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to a file that does not exist")
     return path
 
 
@@ -1106,6 +1118,8 @@ def _read_checkpoint(path):
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']}, not {FORMAT}")
         return header, tensors
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
         reason = str(error)[:150]
         raise CheckpointError(f"{path} is no sound checkpoint of this project ({reason})") from None
