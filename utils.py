@@ -808,7 +808,7 @@ def _save_run(path, parts):
 
 def _unfinished(path):
     """vae_mnist_best.safetensors -> vae_mnist_best.unfinished"""
-    return path.with_name(f"{path.stem}.unfinished")
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.unfinished")
 
 
 def _read_run(path):
