@@ -364,6 +364,7 @@ class VAE(nn.Module):
 
         logvar is None for a plain autoencoder.
         """
+        _check_images(x, check_values=False)  # callers check values once, not in every batch
         mu, logvar = self.encoder(x)
         return mu, (logvar if self.variational else None)
 
@@ -1038,7 +1039,8 @@ def load_best(folder, data_name, variational=True, device="cpu"):
             expected = {"data": name, "left_out": None, "variational": variational}
             found = {name: known.get(name) for name in expected}
             if found != expected:
-                raise CheckpointError(f"{path} is not what its name says: {found}")
+                told = ", ".join(f"{name} {value}" for name, value in found.items())
+                raise CheckpointError(f"{path} is not what its name says: {told}")
         except CheckpointError as error:
             _say(f"Left out: {error}")
             problem = error
@@ -1075,8 +1077,8 @@ def _digest(tensors, text=""):
 def _pack(model, metadata):
     """The content of a checkpoint, after a trial that it can be loaded again.
 
-    TypeError or ValueError for metadata that do not come back from JSON as they were,
-    CheckpointError for a model that could not be loaded again.
+    ValueError for metadata that do not come back from JSON as they were, CheckpointError for a
+    model that could not be loaded again.
     """
     on_cpu = copy.deepcopy(model).cpu()
     tensors = {name: tensor.contiguous() for name, tensor in on_cpu.state_dict().items()}
@@ -1092,8 +1094,12 @@ def _pack(model, metadata):
             "saved": time.strftime("%Y-%m-%d %H:%M"),
         },
     }
-    text = json.dumps(header, allow_nan=False)
-    if json.loads(text) != header:
+    try:
+        text = json.dumps(header, allow_nan=False)
+        is_plain = json.loads(text) == header
+    except (TypeError, ValueError, RecursionError):
+        is_plain = False
+    if not is_plain:
         raise ValueError("metadata must be plain values: text, numbers, bool, None, lists, dicts")
     content = safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
     _rebuild(type(model), header, tensors, "what would be saved")
@@ -1765,5 +1771,8 @@ def _check_pair(images, originals):
 
 
 def _as_path(value, name):
-    check_scalar(value, name, (str, os.PathLike))
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be the name of a file or folder, not {type(value).__name__}")
+    if not str(value) or "\0" in str(value):
+        raise ValueError(f"{name} must be the name of a file or folder, not {value!r}")
     return Path(value).expanduser()

@@ -296,7 +296,6 @@ def test_what_is_no_checkpoint_is_named(tmp_path, model, read):
         assert re.search("is no sound checkpoint of this project|could not be read", text)
         assert str(tmp_path / name) in text
         assert "\n" not in text
-        assert (".pt file of torch.save" in text) == (name in ("zip", "vae.pt"))
 
 
 class Malicious:
@@ -463,8 +462,8 @@ def test_without_any_file_load_best_says_where_it_looked(tmp_path):
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        ({"left_out": 4}, "without the digit 4"),
-        ({"left_out": 0}, "without the digit 0"),
+        ({"left_out": 4}, "left_out 4"),
+        ({"left_out": 0}, "left_out 0"),
         ({"data": "mnist"}, "data mnist,"),
         ({"data": None}, "data None,"),
         ({"model": utils.VAE(3, variational=False)}, "variational False"),

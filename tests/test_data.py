@@ -182,7 +182,7 @@ def test_a_damaged_or_foreign_file_is_named_and_never_trained_on(root, name, sou
         with pytest.raises(ValueError, match=says):
             utils.load_images(source, root)
     path.unlink()
-    for wrong in (content, gzip.compress(content)[:-9], gzip.compress(flipped(content))):
+    for wrong in (b"my own", gzip.compress(content)[:-9], gzip.compress(flipped(content))):
         packed.write_bytes(wrong)
         with pytest.raises(ValueError, match=says):
             utils.load_images(source, root)
@@ -267,9 +267,9 @@ def test_two_first_downloads_at_once_both_work(tmp_path, mirrors):
 def test_a_place_that_cannot_be_written_is_told(tmp_path, mirrors):
     mirrors("good")
     (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="could not be written"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded .*directory"):
         utils.load_images("mnist", tmp_path / "file")
-    with pytest.warns(UserWarning, match="could not be written"):
+    with pytest.warns(UserWarning, match="could not be downloaded .*directory"):
         assert utils.load_images("auto", tmp_path / "file").name == "mnist5k"
 
 
