@@ -364,7 +364,6 @@ class VAE(nn.Module):
 
         logvar is None for a plain autoencoder.
         """
-        _check_images(x, check_values=False)  # callers check values once, not in every batch
         mu, logvar = self.encoder(x)
         return mu, (logvar if self.variational else None)
 

@@ -227,7 +227,7 @@ def test_a_mixture_of_one_gaussian_is_that_of_the_codes_of_all_images(digits, va
     assert not np.allclose(means[0], means[2])
     assert not recwarn.list
     for count in (0, 301, 2.0, "5"):
-        with pytest.raises((TypeError, ValueError), match="^num_components "):
+        with pytest.raises((TypeError, ValueError), match="n_components"):
             utils.fit_mixture(model, images, count)
 
 
@@ -448,7 +448,6 @@ def random_states():
 
 MEASURES = (utils.evaluate, utils.loss_per_image, utils.log_likelihood)
 USES = [
-    utils.VAE.encode,
     utils.VAE.reconstruct,
     utils.posterior,
     utils.anomaly_score,
@@ -474,9 +473,8 @@ def test_images_are_checked_at_every_door_and_no_global_seed_is_set(model, image
     for x in (images[:, 0], images[..., :27], images[:0]):
         with pytest.raises(ValueError, match="must have the shape"):
             use(model, x)
-    if use is not utils.VAE.encode:  # which a training loop calls
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-            use(model, images + 1)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        use(model, images + 1)
 
 
 def test_measures_check_their_arguments(model, images):

@@ -504,7 +504,7 @@ def diverging(model, x, generator, beta, progress):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best):
     model = fresh()
     start = weights_of(model)
-    with pytest.raises(FloatingPointError, match="not finite at epoch 1, .* lower learning rate"):
+    with pytest.raises(FloatingPointError, match="not finite at epoch 1: .* lower learning rate"):
         train(few, best, model=model, learning_rate=1e20)
     assert holds(model, start)
     assert not best.exists()
@@ -595,15 +595,15 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"epochs": 3}, "epochs 2, now 3"),
-        ({"model": lambda: fresh(3)}, "initial weights changed"),
+        ({"epochs": 3}, "(epochs changed)"),
+        ({"model": lambda: fresh(3)}, "initial weights, the model changed"),
         ({"model": lambda: fresh(2, False)}, "the model changed"),
-        ({"seed": 2}, "seed 0, now 2"),
-        ({"beta": 2.0}, "beta 1.0, now 2.0"),
-        ({"learning_rate": 0.01}, "learning_rate 0.001, now 0.01"),
-        ({"batch_size": 24}, "batch_size 16, now 24"),
+        ({"seed": 2}, "seed"),
+        ({"beta": 2.0}, "(beta changed)"),
+        ({"learning_rate": 0.01}, "(learning_rate changed)"),
+        ({"batch_size": 24}, "(batch_size changed)"),
         ({"objective": stoppable}, "the objective changed"),
-        ({"resume": False}, "the same, but resume=False"),
+        ({"resume": False}, "(resume=False)"),
     ],
     ids=["epochs", "size", "kind", "seed", "beta", "rate", "batch", "objective", "resume"],
 )
