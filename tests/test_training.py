@@ -508,7 +508,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best):
         train(few, best, model=model, learning_rate=1e20)
     assert holds(model, start)
     assert not best.exists()
-    with pytest.raises(FloatingPointError, match="at epoch 2, step 2, .*keeps the best of 1 epoch"):
+    with pytest.raises(FloatingPointError, match="at epoch 2: .*keeps the best of 1 epoch"):
         train(few, best, model=model, objective=diverging)
     assert holds(model, start)
     assert utils.load_checkpoint(best).metadata["epoch"] == 1
@@ -685,7 +685,7 @@ def test_an_edit_of_utils_starts_a_new_run(few, best, edited, capsys, old, new):
     train(few, best, module=edited(), epochs=1)
     capsys.readouterr()
     train(few, best, module=edited(old, new), epochs=1)
-    assert "utils.py changed" in str(is_same_run(capsys))
+    assert str(is_same_run(capsys)).startswith("utils.py")
     assert files(best.parent) == [ASIDE, KEPT]
 
 
@@ -711,7 +711,7 @@ def test_a_function_in_the_place_of_one_of_ours_starts_a_new_run(few, best, edit
     module.bce_per_image = lambda logits, x: ours(logits, x) + logits.square().mean((1, 2, 3))
     capsys.readouterr()
     train(few, best, module=module, epochs=1)
-    assert "utils.py changed" in str(is_same_run(capsys))
+    assert str(is_same_run(capsys)).startswith("utils.py")
     module.bce_per_image = ours
     train(few, best.with_name(ASIDE), module=module, epochs=1)
     assert is_same_run(capsys) is True
