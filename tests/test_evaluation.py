@@ -506,7 +506,8 @@ class NoDoubles(torch.overrides.TorchFunctionMode):
         result = function(*args, **kwargs)
         if function is torch.Tensor.cpu:
             result = result.view_as(result)  # a new one, which can be told apart
-        moved = function is torch.Tensor.cpu or not tensors
+        made_here = not tensors and "device" not in kwargs
+        moved = function is torch.Tensor.cpu or made_here
         moved = moved or any(hasattr(x, "moved") for x in tensors)
         for part in result if isinstance(result, list | tuple) else [result]:
             if isinstance(part, torch.Tensor) and moved:

@@ -323,6 +323,7 @@ class Dropout(utils.VAE):
 
 def restless(model, row):
     """What a curious reader does after an epoch."""
+    assert not model.training
     torch.manual_seed(row["epoch"])
     model.sample(2)
     for p in model.parameters():
@@ -332,13 +333,15 @@ def restless(model, row):
 
 
 def test_a_subclass_with_dropout_repeats_and_on_epoch_cannot_disturb_it(few, best):
-    whole, history = train(few, model=fresh(kind=Dropout), epochs=3)
-    again, same = train(few, model=fresh(kind=Dropout), epochs=3, on_epoch=restless)
+    images = few[0][:30], few[1]
+    options = {"epochs": 3, "batch_size": 2}  # 15 steps, so that the average outlives an epoch
+    whole, history = train(images, model=fresh(kind=Dropout), **options)
+    again, same = train(images, model=fresh(kind=Dropout), on_epoch=restless, **options)
     assert same_weights(whole, again)
     assert without_seconds(history) == without_seconds(same)
     with pytest.raises(KeyboardInterrupt):
-        train(few, best, model=fresh(kind=Dropout), epochs=3, on_epoch=stop_after(1))
-    resumed, _ = train(few, best, model=fresh(kind=Dropout), epochs=3, on_epoch=restless)
+        train(images, best, model=fresh(kind=Dropout), on_epoch=stop_after(1), **options)
+    resumed, _ = train(images, best, model=fresh(kind=Dropout), on_epoch=restless, **options)
     assert same_weights(whole, resumed)
     assert same_weights(whole, utils.load_checkpoint(best, model_class=Dropout))
 
@@ -632,14 +635,18 @@ def test_a_changed_setting_starts_a_new_run_and_keeps_the_old_one(few, best, cap
 
 
 def test_other_images_or_initial_weights_are_another_run(few, best):
-    train(few, best, epochs=1)
-    train((few[0][1:], few[1]), best, epochs=1)
-    train((few[0], few[1][1:]), best, epochs=1)
+    train_images, val_images = few
+    train((train_images, val_images), best, epochs=1)
+    train((train_images, val_images[1:]), best, epochs=1)
+    assert len(files(best.parent)) == 2
+    other = train_images[1:], val_images[1:]
+    train(other, best, epochs=1)
+    assert len(files(best.parent)) == 3
     start = fresh()
     start.decoder.conv[0].bias.data[0] += 1e-6
-    model, _ = train(few, best, model=start, epochs=1)
+    model, _ = train(other, best, model=start, epochs=1)
     assert len(files(best.parent)) == 4
-    train(few, best, model=model, epochs=1)  # fine-tuning is a run of its own
+    train(other, best, model=model, epochs=1)  # fine-tuning is a run of its own
     assert len(files(best.parent)) == 5
 
 
