@@ -688,7 +688,6 @@ def is_same_run(capsys):
     ids=["network", "loss", "residual", "constant", "schedule", "noise", "step"],
 )
 def test_an_edit_of_utils_starts_a_new_run(few, best, edited, capsys, old, new):
-    assert old in open(utils.__file__, encoding="utf-8").read(), EDITED
     train(few, best, module=edited(), epochs=1)
     capsys.readouterr()
     train(few, best, module=edited(old, new), epochs=1)
