@@ -75,7 +75,7 @@ def edited(tmp_path):
 
     def load(old="", new=""):
         source = Path(utils.__file__).read_text(encoding="utf-8")
-        assert old in source, f"utils.py has no {old!r} to edit"
+        assert old in source, f"utils.py has no {old!r} to edit. {EDITED}"
         copy = tmp_path / f"edit{len(list(tmp_path.glob('edit*')))}" / "utils.py"
         copy.parent.mkdir()
         copy.write_text(source.replace(old, new), encoding="utf-8")

@@ -158,10 +158,9 @@ def test_log_likelihood_rises_with_samples_from_the_elbo_to_the_truth(images):
 
     one = bound(1)
     ten = bound(10)
-    many = bound(60)
+    assert exact - elbo > 0.8, "the bound is tight here, and the test shows nothing"
     assert one == pytest.approx(elbo, abs=0.6)  # nats: both are means of 180 samples
-    assert one < ten < many < exact + 0.1
-    assert exact - elbo > 0.3, "the bound is tight here, and the test shows nothing"
+    assert one + 0.3 < ten < exact + 0.2
 
 
 def test_log_likelihood_repeats_with_its_seed(model, images):

