@@ -41,7 +41,7 @@ def run_cells(models, live=True):
     """
     scope = {}
     for source in cells_needed():
-        exec(re.sub("^%.*", "", source, flags=re.M), scope)
+        exec(re.sub("^( *)%.*", r"\1pass", source, flags=re.M), scope)
         if "SOURCE" in source and "SEED" in source:
             scope.update(SOURCE="mnist5k", MODEL_DIR=models)
         if live and "live" in scope:
