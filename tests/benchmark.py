@@ -5,7 +5,7 @@
 Three pairs of epochs, one of a dense 784-400-20 VAE and one of `utils.fit` each, on the same
 55,000 images: a machine may get slower meanwhile, so the median of the three ratios counts. The
 dense VAE goes on to 20 epochs, at a constant learning rate; a run of `utils.fit` then goes on
-until its validation loss is as low. At last the half-minute run: 20 epochs of 4,000 images.
+until its validation loss is as low. At last the quick run: 20 epochs of 4,000 images.
 --keep enters the figures in models_mnist/reference.json.
 """
 
@@ -127,7 +127,7 @@ def peak_memory():
 
 
 def measure(data, few, epochs=20):
-    """The figures by name; `data` is MNIST, `few` a small data set for the half-minute run."""
+    """The figures by name; `data` is MNIST, `few` a small data set for the quick run."""
     utils.seed_everything(0)
     loader = DataLoader(Pictures(data.train), batch_size=BATCH, shuffle=True)
     dense = DenseVAE().to(DEVICE)

@@ -240,7 +240,7 @@ def edited(edit):
 def measure_edit(name, seed):
     """Train an edited copy of utils.py in a process of its own; keep its validation loss.
 
-    On the 4,000 images that need no network: half a minute on one thread.
+    On the 4,000 images that need no network: under a minute on one thread.
     """
     path = run_path(f"edit {name}", seed)
     if is_finished(path):
