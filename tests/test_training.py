@@ -391,8 +391,8 @@ def test_any_network_with_encode_and_decode_trains_without_a_checkpoint(few, bes
 
 
 def test_another_optimizer_trains_and_goes_on(few, tmp_path, edited, monkeypatch):
-    source = "optimizer = make_optimizer(network)"
-    sgd = edited(source, "optimizer = torch.optim.SGD(network.parameters(), 0.0, momentum=0.9)")
+    source = "optimizer = make_optimizer(model)"
+    sgd = edited(source, "optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)")
     options = {"module": sgd, "learning_rate": 1e-5, "epochs": 3}
     whole, history = train(few, **options)
     assert history[-1]["val_loss"] < history[0]["val_loss"]
@@ -411,8 +411,6 @@ def test_a_model_that_cannot_be_trained_is_told_so(few):
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(TypeError, match=f"must be torch.float32, not {dtype}: model.float"):
             train(few, model=fresh().to(dtype), **options)
-    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
-        train(few, model=fresh(), **options)
     with pytest.raises(TypeError, match="needs the methods encode and decode: Linear"):
         train(few, model=nn.Linear(2, 2), **options)
 
@@ -423,15 +421,6 @@ def test_training_works_where_gradients_are_switched_off(few, mode):
     with mode():
         train((few[0] * 1, few[1] * 1), model=model)
     assert same_weights(model, train(few)[0])
-
-
-def test_a_compiled_model_is_saved_under_plain_names(few, best):
-    plain = fresh()
-    compiled = torch.compile(plain, backend="eager")
-    utils.fit(compiled, *few, epochs=1, batch_size=16, checkpoint=best)
-    assert same_weights(utils.load_checkpoint(best), plain)
-    for name, tensor in train(few, epochs=1)[0].state_dict().items():
-        torch.testing.assert_close(plain.state_dict()[name], tensor)
 
 
 # stopping
@@ -803,58 +792,35 @@ def test_a_training_holds_its_file_to_its_end(few, best):
     utils.save_checkpoint(best, model)
 
 
-@pytest.fixture
-def disk(monkeypatch):
-    """A disk that can be filled: then no file gets its name."""
+@pytest.mark.parametrize("full", [".unfinished", ".safetensors"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_disk_that_fills_stops_the_run_and_keeps_what_was_saved(
+    few, best, monkeypatch, full, epoch
+):
+    train(few, best)
+    before = best.read_bytes()
     replace = os.replace
-    state = {"full": False}
+    saves = []
 
     def replaced(source, target):
-        if state["full"] is True or state["full"] == os.path.splitext(target)[1]:
+        saves.append(target)
+        is_full = len(saves) > 2 * (epoch - 1) and os.path.splitext(target)[1] == full
+        if is_full:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replaced)
-    return state
-
-
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_a_disk_that_fills_costs_no_checkpoint_and_no_training(few, best, disk, epoch):
-    train(few, best)
-    before = best.read_bytes()
-
-    def fill(averaged, row):
-        disk["full"] = row["epoch"] >= epoch
-
-    disk["full"] = epoch == 0
-    with pytest.warns(UserWarning) as caught:
-        model, _ = train(few, best, epochs=3, seed=2, on_epoch=fill)
-    texts = [str(warning.message) for warning in caught]
-    assert len(texts) == 3 - epoch
-    assert "could not be written (No space left on device). Training goes on" in texts[0]
-    assert "utils.save_checkpoint" in texts[-1]
-    assert same_weights(model, train(few, epochs=3, seed=2)[0])
-    kept = [path.read_bytes() for path in best.parent.glob("vae*.safetensors")]
-    assert before in kept
-    disk["full"] = False
-    elsewhere = utils.checkpoint_path(best.parent / "elsewhere", "mnist5k")
-    utils.save_checkpoint(elsewhere, model)  # as the warning advises
-    assert same_weights(utils.load_best(elsewhere.parent, "mnist5k"), model)
-    again, _ = train(few, best, epochs=3, seed=2)
-    assert same_weights(again, model)
-
-
-@pytest.mark.parametrize("full", [".unfinished", ".safetensors"])
-def test_a_save_that_failed_once_is_made_up_for(few, best, disk, full):
-    disk["full"] = full
-
-    def empty(averaged, row):
-        disk["full"] = False
-
-    with pytest.warns(UserWarning, match="No space left on device"):
-        model, _ = train(few, best, epochs=3, on_epoch=empty)
-    assert same_weights(model, utils.load_checkpoint(best))
-    assert files(best.parent) == [KEPT]
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", replaced)
+        model = fresh(2)
+        came_with = weights_of(model)
+        with pytest.raises(utils.CheckpointError, match="No space left on device") as caught:
+            train(few, best, epochs=3, seed=2, model=model)
+    kept = "Nothing of this run" if epoch == 1 else "keeps the best of 1 epochs"
+    assert kept in str(caught.value)
+    assert holds(model, came_with)
+    assert before in [path.read_bytes() for path in best.parent.glob("vae*.safetensors")]
+    resumed, _ = train(few, best, epochs=3, seed=2)
+    assert same_weights(resumed, train(few, epochs=3, seed=2)[0])
 
 
 def notes(path):
@@ -884,21 +850,15 @@ def test_what_this_project_did_not_write_is_never_moved(few, best, make, name, r
             best.parent.mkdir()
             make(best.with_name(name))
         before = files(best.parent)
-        with pytest.raises(utils.CheckpointError, match="is no sound|could not be read"):
+        with pytest.raises(utils.CheckpointError, match="is no sound"):
             train(few, best, resume=resume, objective=untouched)
         assert files(best.parent) == before
 
 
-def test_a_reference_or_a_link_to_nothing_is_not_written(few, tmp_path):
+def test_a_reference_is_not_written(few, tmp_path):
     with pytest.raises(ValueError, match="reference checkpoint"):
         train(few, tmp_path / "mine_reference.safetensors", objective=untouched)
-    try:
-        (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    except OSError:
-        pytest.skip("this user may not make links")
-    with pytest.raises(ValueError, match="link to a file that does not exist"):
-        train(few, tmp_path / "link", objective=untouched)
-    assert files(tmp_path) == ["link"]
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a[1]_best.safetensors", "v.v2.safetensors", "no_ending"])
@@ -944,8 +904,6 @@ def test_training_needs_no_terminal_that_shows_everything(few, tmp_path, monkeyp
         ("learning_rate", [0, -1e-3, math.nan, "fast"]),
         ("beta", [-1, math.inf, None]),
         ("seed", [-1, "0"]),
-        ("resume", ["yes", 1]),
-        ("checkpoint", [3, "", "\0.safetensors"]),
     ],
 )
 def test_bad_arguments_are_named(few, name, values):
