@@ -1092,7 +1092,7 @@ def _write(path, content):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error.strerror}).") from None
     finally:

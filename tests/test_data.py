@@ -186,7 +186,7 @@ def test_packed_files_are_taken_without_a_network(root, contents):
 
 def test_the_next_mirror_is_asked_and_what_was_downloaded_is_kept(tmp_path, mirrors):
     before = socket.getdefaulttimeout()
-    mirrors("missing", "nonsense", "good")
+    mirrors("missing", "good")
     data = utils.load_images("auto", tmp_path / "data")
     assert data.name == "mnist"
     assert numbers(data.test.images).tolist() == list(range(20))
