@@ -157,8 +157,8 @@ def test_a_mixture_of_one_gaussian_is_that_of_the_codes_of_all_images(digits):
     expected = torch.distributions.MultivariateNormal(codes.mean(0), covariance)
     one = utils.fit_mixture(model, images, 1)
     assert one.means_.dtype == np.float64
-    density = utils.density_score(one, codes[:20].float())
-    torch.testing.assert_close(density, -expected.log_prob(codes[:20]), rtol=1e-5, atol=1e-5)
+    log_p = torch.from_numpy(one.score_samples(codes[:20]))
+    torch.testing.assert_close(log_p, expected.log_prob(codes[:20]), rtol=1e-5, atol=1e-5)
 
 
 # corruptions
@@ -354,7 +354,6 @@ ONES = torch.ones(2)
         (lambda model, x: utils.corrupt(x, "occlusion", 29), "^level "),
         (lambda model, x: utils.corrupt(x, "blur", math.nan), "^level "),
         (lambda model, x: utils.interpolate(ONES, ONES, 1), "^steps "),
-        (lambda model, x: utils.interpolate(ONES, ONES[:1], 3), r"start and end must be \(D,\)"),
     ],
 )
 def test_what_makes_no_sense_is_named(model, images, call, says):

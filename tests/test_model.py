@@ -213,8 +213,6 @@ CODES = torch.zeros(6, 4)
         (lambda: utils.VAE("32"), "^latent_dim "),
         (lambda: utils.VAE(2, "false"), "^variational "),
         (lambda: utils.VAE(4).sample(0), "^n "),
-        (lambda: utils.VAE(4).decode_images(CODES[:, :3]), r"codes must have the shape \(N, 4\)"),
-        (lambda: utils.VAE(4).decode_images(CODES[:0]), r"codes must have the shape \(N, 4\)"),
         (lambda: utils.vae_loss(X, X, CODES, CODES, beta=-1), "^beta "),
         (lambda: utils.vae_loss(X, X, CODES, CODES, beta=math.nan), "^beta "),
         (lambda: utils.vae_loss(X[:1], X, CODES, CODES), "size"),
