@@ -23,6 +23,7 @@ and the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the tra
 
 import contextlib
 import copy
+import dis
 import functools
 import hashlib
 import inspect
@@ -98,7 +99,7 @@ MNIST_FILES = {  # MD5 of the unpacked files
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-NETWORK_TIMEOUT = 5  # seconds of silence after which a mirror is given up
+NETWORK_TIMEOUT = 5  # seconds of silence after which the download is given up
 
 
 class Split(NamedTuple):
@@ -159,7 +160,9 @@ def _mnist(root):
     raw = root / "MNIST" / "raw"
     for name, md5 in MNIST_FILES.items():
         file = raw / name
-        if file.exists() and hashlib.md5(file.read_bytes()).hexdigest() != md5:
+        if not file.exists():
+            continue
+        if hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != md5:
             raise ValueError(
                 f"{file} is not MNIST's file: its MD5 is not {md5}. Move it away, and it is "
                 "downloaded again. To train on images of your own, pass them to utils.fit"
@@ -168,10 +171,11 @@ def _mnist(root):
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         parts = [datasets.MNIST(root, is_train, download=True) for is_train in (True, False)]
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever a network or a disk does
         raise FileNotFoundError(
             f"MNIST could not be downloaded ({error}). Put its four files "
-            f"({', '.join(MNIST_FILES)}), as they are or as .gz, into the folder\n{raw.absolute()}"
+            f"({', '.join(MNIST_FILES)}), as they are or as the published .gz, into the "
+            f"folder\n{raw.absolute()}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -528,16 +532,16 @@ def fit(
     utils.py, of the model and of the objective. The files of another run are renamed, not
     overwritten; so are those of this run with `resume=False`, which always starts anew.
 
-    Raises TypeError or ValueError for a bad argument; CheckpointError for a file that cannot be
-    read or written, that this project did not write, or that another process is training into;
-    FloatingPointError if the loss stops being finite.
+    Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written;
+    CheckpointError for a file that cannot be read or written, that this project did not write, or
+    that another process is using; FloatingPointError if the loss stops being finite.
     """
     _check_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
-    metadata = metadata or {}
+    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as it will be read
     settings = {
         "epochs": _integer(epochs, "epochs", 1),
         "batch_size": _integer(batch_size, "batch_size", 1),
@@ -579,7 +583,7 @@ def fit(
                 about = {"settings": settings, "history": history.copy()}
                 best.metadata = {**metadata, **best_row, **about}
                 if path:
-                    if not saved:
+                    if not saved:  # until now another run's files have stayed in their place
                         _set_aside(path, settings)
                     _save_run(path, parts, is_finished=epoch == epochs)
                     saved = epoch
@@ -625,8 +629,8 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
                 average.update_parameters(model)
                 state = f"batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
                 bar.set_description_str(f"{name}, {state}", refresh=False)
-    total = torch.stack(losses).cpu().double().sum(0)
-    means = total / len(images)  # every image weighted the same, in the last batch, too
+    summed = torch.stack(losses).cpu().double().sum(0)
+    means = summed / len(images)  # every image weighted the same, in the last batch, too
     return Loss(*means.tolist())
 
 
@@ -731,8 +735,8 @@ def _restore(path, resume, settings, parts):
 def _save_run(path, parts, is_finished):
     """Save a run after an epoch.
 
-    What it takes to go on is written before the model, and removed after it at the end: whenever
-    the process is killed, the run can go on.
+    What it takes to go on is written before the model, and deleted once the last model is written.
+    So a killed run can always go on.
     """
     best = parts["best"]
     if not is_finished:
@@ -753,7 +757,7 @@ def _unfinished(path):
 def _read_run(path):
     """What the files of a run hold: its metadata, and the states of its parts.
 
-    The model's file has but the best model; what it takes to go on is in the other one.
+    The model's file holds the best model alone, the .unfinished file all parts.
     """
     state = {"metadata": {}}
     if path.exists():
@@ -766,9 +770,10 @@ def _read_run(path):
             state["metadata"]["history"]
         except MemoryError:
             raise
-        except Exception:  # whatever a reader stumbles over, the file is at fault
+        except Exception as error:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
-                f"{unfinished} is no sound file of an unfinished run: delete it to start anew."
+                f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
+                "anew"
             ) from None
     return state
 
@@ -787,7 +792,7 @@ def _set_aside(path, settings):
             old.rename(new)
     old_settings = known.get("settings", {})
     changed = [name for name, value in settings.items() if old_settings.get(name) != value]
-    difference = f"{', '.join(changed)} changed" if changed else "resume=False"
+    difference = f"{', '.join(changed)} changed" if changed else "with the same settings"
     _say(f"{path} held another run ({difference}), which is now {aside.name}")
 
 
@@ -802,7 +807,7 @@ def _code_of(value):
     notebook has put in the place of a function of this file.
     """
     told = []
-    seen = {}  # by their ids; they are kept, so that no id is given twice
+    seen = {}  # by their ids; the values are kept, so that Python cannot reuse an id
     waiting = [value]
     while waiting:
         value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
@@ -825,47 +830,54 @@ def _parts_of(value):
         return [*value, *value.values()]
     if isinstance(value, types.ModuleType):
         return [value.__name__]
-    if isinstance(value, Tensor):
-        return [_digest({"": value})]
+    if isinstance(value, Tensor | np.ndarray):
+        return [_digest({"": torch.as_tensor(value)})]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
     if isinstance(value, property):
         return [value.fget]
     if isinstance(value, nn.Module):
         not_code = {*vars(nn.Module()), "metadata"}  # weights and hooks
-        own = [member for name, member in vars(value).items() if name not in not_code]
+        own = {name: member for name, member in vars(value).items() if name not in not_code}
         return [type(value), own, *value.children()]
     if _is_installed(getattr(value, "__module__", None) or "builtins"):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
     if isinstance(value, type):
-        members = [
-            member
+        members = {
+            name: member
             for name, member in vars(value).items()
             if callable(member) or not name.startswith("__")  # __doc__, __firstlineno__
-        ]
+        }
         return [value.__bases__, members]
     return [type(value), getattr(value, "__dict__", None)]
 
 
 def _parts_of_function(function):
-    """Its bytecode, the globals and the variables of outer functions that it uses, its defaults."""
+    """What a function uses: its bytecode, globals, variables of outer functions and defaults."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     parts = [function.__defaults__, function.__kwdefaults__, cells]
+    modules = []  # of one's own: what is used of them counts
     codes = [function.__code__]
     for code in codes:
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):  # a function in the function
-                codes.append(constant)
-            elif constant != function.__doc__:
-                parts.append(constant)
-        parts += [code.co_code, code.co_names]
-        for name in code.co_names:  # of globals and of attributes
-            used = function.__globals__.get(name)
-            parts.append(used)
-            if isinstance(used, types.ModuleType) and not _is_installed(used.__name__):
-                parts += [vars(used).get(attribute) for attribute in code.co_names]
+        for instruction in dis.get_instructions(code):
+            argument = instruction.argval
+            if instruction.opname == "NOP":  # it stands for a line
+                continue
+            if instruction.argrepr.startswith("to "):  # a jump, whose target layout may move
+                argument = None
+            if isinstance(argument, types.CodeType):  # a function in the function
+                codes.append(argument)
+                argument = None
+            parts += [instruction.opname, argument]
+            if instruction.opname == "LOAD_GLOBAL":
+                used = function.__globals__.get(argument)
+                parts.append(used)
+                if isinstance(used, types.ModuleType) and not _is_installed(used.__name__):
+                    modules.append(used)
+            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                parts += [vars(module).get(argument) for module in modules]
     return parts
 
 
@@ -874,6 +886,7 @@ def _is_installed(module_name):
     file = getattr(sys.modules.get(module_name), "__file__", None) or ""
     in_package = "site-packages" in file or "dist-packages" in file
     in_python = module_name.split(".")[0] in sys.stdlib_module_names
+    # A notebook's __main__ has the file of its launcher, which is a package's.
     return module_name != "__main__" and (in_package or in_python)
 
 
@@ -882,7 +895,7 @@ def _is_installed(module_name):
 # A checkpoint is a safetensors file. Its metadata hold one JSON text, which tells how to rebuild
 # the model, what the network does and what is known of it, and the SHA-256 of that text and of all
 # tensors.
-FORMAT = 4  # raise it when an older file can no longer be read
+FORMAT = 4  # increase it when an older file can no longer be read
 
 
 class CheckpointError(RuntimeError):
@@ -894,10 +907,10 @@ def save_checkpoint(path, model, *, allow_reference=False, **metadata):
 
     `metadata` (plain Python values) are added to the model's own in the file. A file named
     `*_reference` is written only with `allow_reference=True`.
-    Raises TypeError or ValueError for a bad path or metadata that JSON cannot hold, OSError where
-    the folder cannot be written, and CheckpointError where the file cannot or where the model could
-    not be loaded again (NaN, a class that cannot be built from latent_dim and variational alone);
-    the previous file is then unchanged.
+    Raises TypeError or ValueError for a bad path or for metadata that JSON cannot hold, OSError if
+    the folder cannot be written. Raises CheckpointError if the file cannot be written, is in use,
+    or could not be loaded again (NaN, a class that cannot be built from latent_dim and variational
+    alone). The previous file then stays.
     """
     path = _path_to_write(path, allow_reference)
     _check_model(model)
@@ -943,8 +956,8 @@ def checkpoint_path(folder, data_name, variational=True, left_out=None, which="b
 def load_best(folder, data_name, variational=True, device="cpu"):
     """One's own best model of the data of that name, else the reference of MNIST; says which.
 
-    A file of one's own that does not fit is left out, and a line says why. Raises FileNotFoundError
-    if there is no reference then, CheckpointError if it does not fit.
+    If your own file does not fit, a line says why, and the reference is loaded. Raises
+    FileNotFoundError if the reference is missing, CheckpointError if it does not fit.
     """
     own = checkpoint_path(folder, data_name, variational)
     if own.exists():
@@ -990,7 +1003,7 @@ def _digest(tensors, text=""):
 
 
 def _pack(model, metadata):
-    """The content of a checkpoint, after a trial that it can be loaded again.
+    """The content of a checkpoint. It is loaded once here, as a test.
 
     TypeError or ValueError for metadata that JSON cannot hold, CheckpointError for a model that
     could not be loaded again.
@@ -1101,7 +1114,7 @@ def _write(path, content):
 
 @contextlib.contextmanager
 def _lock(path):
-    """Let one process at a time use `path`; the system frees the lock of a killed one.
+    """Let one process at a time use `path`. If it is killed, the system frees the lock.
 
     CheckpointError if another process holds it, OSError if its folder cannot be written.
     """
@@ -1111,7 +1124,7 @@ def _lock(path):
         lock.acquire()
     except filelock.Timeout:
         raise CheckpointError(
-            f"another process is training into {path}: wait for it, or use another name"
+            f"another process is using {path}: wait for it, or use another name"
         ) from None
     try:
         yield

@@ -244,6 +244,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, model):
     with pytest.raises(utils.CheckpointError, match="folder could not be written"):
         utils.save_checkpoint(tmp_path / "folder", model)
     assert os.listdir(tmp_path / "folder") == ["inside"]
+    assert not list(tmp_path.glob(".*.part"))
     for name in (None, 3):
         with pytest.raises(TypeError, match=type(name).__name__):
             utils.save_checkpoint(name, model)

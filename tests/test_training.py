@@ -595,7 +595,7 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
         ({"learning_rate": 0.01}, "(learning_rate changed)"),
         ({"batch_size": 24}, "(batch_size changed)"),
         ({"objective": stoppable}, "the objective changed"),
-        ({"resume": False}, "(resume=False)"),
+        ({"resume": False}, "(with the same settings)"),
     ],
     ids=["epochs", "size", "kind", "seed", "beta", "rate", "batch", "objective", "resume"],
 )
@@ -726,11 +726,16 @@ class Mine(utils.VAE):
         return {factor} * logits, mu, logvar
 """
 OBJECTIVE = """
-def mine(model, x, generator, beta, progress):
-    return utils.elbo(model, brighter(x), generator, FACTOR * beta, progress)
+def make(share):
+    def mine(model, x, generator, beta, progress, top=TOP):
+        largest = lambda x: x.clamp(max=top)
+        x = largest(share * brighter(x))
+        return utils.elbo(model, x, generator, FACTOR * beta, progress)
+
+    return mine
 
 def brighter(x):
-    return ({gain} * x).clamp(max=1)
+    return GAIN * x
 """
 
 
@@ -745,15 +750,23 @@ def test_a_class_typed_anew_starts_a_new_run(few, best, capsys):
 
 
 def test_an_objective_is_known_by_all_that_it_uses(few, best, capsys):
-    """Its own code, a function and a number that it takes from its notebook."""
-    changed = "the objective changed"
-    tried = ((2, 1.0, None), (2, 1.0, True), (3, 1.0, changed), (3, 0.5, changed))
-    for gain, factor, same in tried:
-        scope = typed(OBJECTIVE.format(gain=gain), FACTOR=factor)
-        train(few, best, objective=scope["mine"], epochs=1)
-        if same:
-            assert is_same_run(capsys) == same
+    """Numbers, functions, defaults and variables of outer functions, in inner functions, too."""
+    numbers = {"GAIN": 2, "FACTOR": 1.0, "TOP": 1.0, "share": 1.0, "lambda x": "lambda x"}
+
+    def said(**change):
+        made = {**numbers, **change}
+        code = OBJECTIVE.replace("lambda x: x", f"{made['lambda x']}: x")
+        code = code.replace("GAIN", str(made["GAIN"]))
+        scope = typed(code, FACTOR=made["FACTOR"], TOP=made["TOP"])
         capsys.readouterr()
+        train(few, best, objective=scope["make"](made["share"]), epochs=1)
+        return is_same_run(capsys)
+
+    train(few, best, epochs=1)
+    for change in ({}, {"GAIN": 3}, {"FACTOR": 0.5}, {"TOP": 0.9}, {"share": 0.9}):
+        assert said(**change) == "the objective changed", change
+        assert said(**change) is True, change
+    assert said(**{"lambda x": "lambda x, y={'a', 'b'}"}) == "the objective changed"
 
 
 def test_an_objective_is_known_by_what_it_uses_of_utils(few, best, edited, capsys):
@@ -782,9 +795,9 @@ def test_a_training_holds_its_file_to_its_end(few, best):
     model = utils.VAE(2)
 
     def save_into_it(averaged, row):
-        with pytest.raises(utils.CheckpointError, match="another process is training into"):
+        with pytest.raises(utils.CheckpointError, match="another process is using"):
             utils.save_checkpoint(best, model)
-        with pytest.raises(utils.CheckpointError, match="another process is training into"):
+        with pytest.raises(utils.CheckpointError, match="another process is using"):
             train(few, best)
         train(few, best.with_name("ae_mnist5k_best.safetensors"), epochs=1)  # beside it is fine
 
