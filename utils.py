@@ -1421,8 +1421,12 @@ def _open_picture(path):
     if not os.path.isfile(path):  # False, too, in a folder that may not be read
         raise FileNotFoundError(f"there is no picture at {path}")
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings of large pictures and of odd EXIF data
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file)
+        if max(picture.size) > 280 * min(picture.size):
+            raise ValueError("it is too narrow")
         if picture.mode[0] in "IF":  # 16 or 32 bits
             values = np.asarray(picture, float)
             picture = Image.fromarray(255 * values / values.max().clip(1e-9))
