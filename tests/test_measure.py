@@ -43,13 +43,15 @@ def difference_of_areas(normal_a, anomalous_a, normal_b, anomalous_b):
 
 @pytest.mark.parametrize("same_images", [True, False])
 def test_the_standard_error_of_an_auroc_difference_is_the_bootstraps(same_images):
-    """Of two models; images share what makes them hard, and anomalies may be made of them."""
+    """Of two models; what is hard for one is easy for the other, and so for its anomaly."""
     rng = np.random.default_rng(1)
     n, m = 300, 300 if same_images else 120
     hard = rng.normal(size=n)
     hard_anomalous = hard if same_images else rng.normal(size=m)
-    normal_a, normal_b = hard + 0.5 * rng.normal(size=(2, n))
-    anomalous_a, anomalous_b = hard_anomalous + [[0.9], [0.5]] + 0.5 * rng.normal(size=(2, m))
+    normal_a = hard + 0.5 * rng.normal(size=n)
+    normal_b = -hard + 0.5 * rng.normal(size=n)
+    anomalous_a = hard_anomalous + 0.9 + 0.5 * rng.normal(size=m)
+    anomalous_b = -hard_anomalous + 0.5 + 0.5 * rng.normal(size=m)
     scores = (normal_a, anomalous_a, normal_b, anomalous_b)
     difference, error = measure.auroc_difference(*scores, same_images)
     assert difference == pytest.approx(difference_of_areas(*scores))
@@ -67,6 +69,7 @@ def test_the_standard_error_of_an_auroc_difference_is_the_bootstraps(same_images
         ([-1.0, -2.0, -3.0], [0.4, 0.4, 0.4], "ahead", "behind"),
         ([1.0, 2.0, 3.0], [0.4, 0.4, 0.4], "behind", "ahead"),
         ([-1.0, -2.0, -3.0], [0.6, 0.4, 0.4], "undecided", "undecided"),  # one seed is within two
+        ([1.0, 2.0, 3.0], [0.6, 0.4, 0.4], "undecided", "undecided"),
         ([-1.0, 2.0, -3.0], [0.1, 0.1, 0.1], "undecided", "undecided"),  # of different signs
         ([0.0], [0.0], "undecided", "undecided"),
     ],
@@ -139,9 +142,9 @@ def data_of(few):
 
 @pytest.mark.parametrize("name", ["ae12", "ae32 noisy code", "vae denoising"])
 def test_a_finished_run_is_loaded_and_not_trained_again(few, name, runs, monkeypatch):
-    with pytest.raises(SystemExit, match="missing or not finished.*measure.py train"):
-        measure.load(name, 2)
     measure.train(data_of(few), name, 2, epochs=1)
+    with pytest.raises(SystemExit, match="missing or not finished.*measure.py train"):
+        measure.load(name, 1)
     model = measure.load(name, 2)
     assert type(model) is measure.MODELS[name].model_class
     assert len(model.metadata["history"]) == 1
