@@ -231,6 +231,7 @@ def test_foreign_images_are_like_mnist_and_repeat(make):
 def test_a_line_goes_through_the_middle_of_the_image(few):
     lines = measure.line_through(torch.zeros(500, 1, 28, 28), seed=0)
     assert (lines[:, 0, 13:15, 13:15].amax((1, 2)) == 1).all()
+    assert lines.sum((1, 2, 3)).min() > 50  # 22 pixels long, 2.6 wide
     assert (measure.line_through(few[0], seed=0) >= few[0]).all()
 
 
