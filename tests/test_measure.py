@@ -264,7 +264,7 @@ def test_errors_and_scores_are_those_of_utils(small, evaluated, tmp_path):
     errors = utils.squared_error(evaluated.reconstruct(blurred), test)
     np.testing.assert_allclose(arrays["error"]["blur 1.5"], errors, rtol=1e-5)
     np.testing.assert_allclose(arrays["input"]["blur 1.5"], utils.squared_error(blurred, test))
-    mixture = measure.mixture_of(evaluated, small, 3, 2)
+    mixture = utils.fit_mixture(evaluated, small.train.images, 2, seed=3)
     for kind, make in measure.ANOMALIES.items():
         images = make(test, 3)
         scores = utils.anomaly_score(evaluated, images)
