@@ -539,6 +539,8 @@ def fit(
     _check_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError("the model was made under torch.inference_mode: make it outside of it")
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
     metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as it will be read
@@ -990,6 +992,8 @@ def _path_to_write(name, allow_reference=False):
     path = Path(name).expanduser()
     if path.stem.endswith("_reference") and not allow_reference:
         raise ValueError(f"{path} is a reference checkpoint, which no run writes: use another name")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to a file that does not exist")
     return path
 
 

@@ -9,6 +9,7 @@ import measure
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 from conftest import same_weights
 from torch.distributions import Normal, kl_divergence
@@ -226,6 +227,19 @@ def test_foreign_images_are_like_mnist_and_repeat(make):
     width = (images > 0).any(2).sum((1, 2))
     longer_side = torch.maximum(height, width)
     assert longer_side.max() <= 20 and (longer_side >= 18).double().mean() > 0.95
+
+
+def test_the_further_anomalies_by_their_definitions(few):
+    images = few[0]
+    made = {kind: measure.ANOMALIES[kind](images, 0) for kind in ("thinner", "half", "shifted")}
+    thinner = scipy.ndimage.minimum_filter(images.numpy(), (1, 1, 2, 2), origin=(0, 0, -1, -1))
+    np.testing.assert_allclose(made["thinner"][..., :27, :27], thinner[..., :27, :27], atol=1e-6)
+    assert torch.equal(made["half"][..., :14], images[..., :14])
+    assert not made["half"][..., 14:].any()
+    assert torch.equal(made["shifted"][..., 2:, 2:], images[..., :26, :26])
+    assert not made["shifted"][..., :2, :].any() and not made["shifted"][..., :2].any()
+    transposed = measure.ANOMALIES["transposed"](images, 0)
+    assert torch.equal(transposed[..., 10, 17], images[..., 17, 10])
 
 
 def test_a_line_goes_through_the_middle_of_the_image(few):

@@ -411,6 +411,8 @@ def test_a_model_that_cannot_be_trained_is_told_so(few):
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(TypeError, match=f"must be torch.float32, not {dtype}: model.float"):
             train(few, model=fresh().to(dtype), **options)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        train(few, model=fresh(), **options)
     with pytest.raises(TypeError, match="needs the methods encode and decode: Linear"):
         train(few, model=nn.Linear(2, 2), **options)
 
@@ -870,10 +872,16 @@ def test_what_this_project_did_not_write_is_never_moved(few, best, make, name, r
         assert files(best.parent) == before
 
 
-def test_a_reference_is_not_written(few, tmp_path):
+def test_a_reference_or_a_link_to_nothing_is_not_written(few, tmp_path):
     with pytest.raises(ValueError, match="reference checkpoint"):
         train(few, tmp_path / "mine_reference.safetensors", objective=untouched)
-    assert files(tmp_path) == []
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    except OSError:
+        pytest.skip("this user may not make links")
+    with pytest.raises(ValueError, match="link to a file that does not exist"):
+        train(few, tmp_path / "link", objective=untouched)
+    assert files(tmp_path) == ["link"]
 
 
 @pytest.mark.parametrize("name", ["a[1]_best.safetensors", "v.v2.safetensors", "no_ending"])
