@@ -202,13 +202,13 @@ def test_an_edited_copy_is_what_trains(runs, monkeypatch):
     script = script.replace("*images,", "*images, epochs=1,")
     assert script.count(made_up) == script.count("epochs=1") == 1
     monkeypatch.setattr(measure, "TRAIN_EDITED", script)
-    measure.measure_edit("latent 16", 0)
-    kept = measure.read_reference()["edits"]["latent 16"]["0"]
+    measure.measure_edit("latent 16", "mnist5k", 0)
+    kept = measure.read_reference()["edits, mnist5k"]["latent 16"]["0"]
     parameters = sum(p.numel() for p in utils.VAE(latent_dim=16).parameters())
     assert kept["parameters"] == parameters
     assert kept["edit"] == measure.EDITS["latent 16"].text
     monkeypatch.setattr(measure, "TRAIN_EDITED", "raise SystemExit(1)")
-    measure.measure_edit("latent 16", 0)  # it is finished
+    measure.measure_edit("latent 16", "mnist5k", 0)  # it is finished
 
 
 # ---------------------------------------- Images ----------------------------------------
