@@ -197,8 +197,8 @@ def test_an_edit_that_does_not_fit_is_refused():
 
 @pytest.mark.slow
 def test_an_edited_copy_is_what_trains(runs, monkeypatch):
-    made_up = "utils.Data('made up', *3 * [utils.Split(torch.rand(64, 1, 28, 28), None)])"
-    script = measure.TRAIN_EDITED.replace('utils.load_images("mnist5k")', made_up)
+    made_up = "utils.Data(data_name, *3 * [utils.Split(torch.rand(64, 1, 28, 28), None)])"
+    script = measure.TRAIN_EDITED.replace("utils.load_images(data_name, data_folder)", made_up)
     script = script.replace("*images,", "*images, epochs=1,")
     assert script.count(made_up) == script.count("epochs=1") == 1
     monkeypatch.setattr(measure, "TRAIN_EDITED", script)
@@ -207,6 +207,8 @@ def test_an_edited_copy_is_what_trains(runs, monkeypatch):
     parameters = sum(p.numel() for p in utils.VAE(latent_dim=16).parameters())
     assert kept["parameters"] == parameters
     assert kept["edit"] == measure.EDITS["latent 16"].text
+    path = measure.run_path("edit latent 16 mnist5k", 0)
+    assert utils.read_metadata(path)["data"] == "mnist5k"
     monkeypatch.setattr(measure, "TRAIN_EDITED", "raise SystemExit(1)")
     measure.measure_edit("latent 16", "mnist5k", 0)  # it is finished
 
@@ -378,7 +380,8 @@ def test_from_measuring_to_the_card(small, runs, monkeypatch):
     for command in ("test", "scores", "likelihood", "compare", "samples", "left-out"):
         measure.run(command, None, [0], [])
     for name, edit in measure.EDITS.items():
-        measure.keep({"edit": edit.text, "validation loss": 92.0}, "edits", name, 0)
+        for section in ("edits, mnist", "edits, mnist5k"):
+            measure.keep({"edit": edit.text, "validation loss": 92.0}, section, name, 0)
     figures = benchmark.measure(small, small, epochs=3)
     measure.keep(figures, "benchmark", "cpu, 1 thread", 0)
 
