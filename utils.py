@@ -15,7 +15,7 @@ beta = 1 it is the negative evidence lower bound, -ELBO. Figures show the decode
 
 To change something, edit this file and train again: the network is `Encoder` and `Decoder`, the
 loss is `vae_loss`, a training step is `elbo` and `train_step`, the schedule is `learning_rate_at`.
-A run is known by its code, so an edit always starts a new one.
+A run is known by its code: an edit of what training uses starts a new one.
 
 `vae_mnist_training.ipynb` needs the data, the model, the training, the checkpoints, `evaluate`
 and the figures. `vae_mnist_analysis_visualizations.ipynb` needs all but the training.

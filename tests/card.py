@@ -310,19 +310,22 @@ def sample_cells(quality):
 
 def edits(m):
     """Validation losses after each edit of utils.py, and their differences to those without."""
-    full, quick = "edits, mnist", "edits, mnist5k"
-    names = sorted(m[full], key=lambda name: mean(m, full, name, "validation loss"))
-    names.remove("none")
+    quick = m["edits, mnist5k"]
+    full = {"none": {"0": m["test"]["vae"]["0"]}, **m["edits, mnist"]}
     rows = []
-    for name in ["none", *names]:
-        row = [m[full][name]["0"]["edit"]]
-        for section in (full, quick):
-            losses = per_seed(m, section, name, "validation loss")
-            difference = statistics.mean(losses) - mean(m, section, "none", "validation loss")
-            row += [spread(losses), "" if name == "none" else f"{difference:+.1f}"]
+    for name in sorted(full, key=lambda name: full[name]["0"]["validation loss"]):
+        row = [quick[name]["0"]["edit"]]
+        for runs in (full, quick):
+            losses = losses_of(runs[name])
+            difference = statistics.mean(losses) - statistics.mean(losses_of(runs["none"]))
+            row += [spread(losses), "" if name == "none" else f"{round(difference, 1) + 0.0:+.1f}"]
         rows.append(row)
     columns = ["edit", "in full", "difference", "under a minute", "difference"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def losses_of(runs):
+    return [figures["validation loss"] for figures in runs.values()]
 
 
 def benchmark(m):
@@ -371,16 +374,17 @@ def dense(m):
     minutes = 20 * figures["seconds per epoch"] / 60
     reached = figures["seconds until that loss"]
     text = (
-        f"A dense 784-400-20 VAE reaches {loss:.1f} in 20 epochs. Those of this one take "
-        f"{minutes:.0f} minutes on {figures['threads']} threads of a CPU"
+        f"A dense 784-400-20 VAE reaches {loss:.1f} in 20 epochs. Ours take {minutes:.0f} minutes "
+        f"on {figures['threads']} threads of a CPU"
     )
     if reached is None:
         return f"{text}."
-    return f"{text}; it passes the dense one's last loss after {reached:.0f} seconds."
+    return f"{text}; after {reached:.0f} seconds the validation loss is below the dense VAE's last."
 
 
 def last_benchmark(m):
-    return list(m["benchmark"].values())[-1]["0"]
+    runs = [of_seeds["0"] for of_seeds in m["benchmark"].values()]
+    return max(runs, key=lambda figures: figures["threads"])
 
 
 def quick(m):
@@ -419,11 +423,11 @@ def robustness_text(m):
             most = [kind for kind, count in kinds.items() if count >= 3]
             above_all = f", above all of {listed(most)}" if most else ""
             parts.append(f"{which} at {sum(kinds.values())}{above_all}")
-        items.append(f"- against {label(m, name)}: {'; '.join(parts)}")
+        items.append(f"- {label(m, name)}: {'; '.join(parts)}")
     own = mean(m, "test", "vae", "error", "clean")
     text = (
-        f"**{answer(m)}** The VAE's error on clean digits is {own:.1f}; those of others stand in "
-        f"brackets. Of {len(standings)} levels of corruption, four of each kind, it is\n\n"
+        f"**{answer(m)}** The VAE beside others, at {len(standings)} levels of corruption, four of "
+        f"each kind (in brackets the error on clean digits; the VAE's is {own:.1f}):\n\n"
     )
     text += "\n".join(items)
     if "ae32 denoising" in m["test"]:
@@ -434,7 +438,7 @@ def robustness_text(m):
 def label(m, name):
     """ "AE 32 (1.8)", the number being the error on clean digits."""
     if name == "nothing":
-        return "the corrupted image itself, that is, doing nothing"
+        return "doing nothing, which is to take the corrupted image as it is"
     return f"{NAMES[name]} ({mean(m, 'test', name, 'error', 'clean'):.1f})"
 
 
@@ -469,11 +473,11 @@ def anomalies_text(m):
         ahead = list(standings.values()).count("ahead")
         behind = [kind for kind, standing in standings.items() if standing == "behind"]
         items.append(
-            f"- against {NAMES[name]}: ahead at {ahead}, behind at "
-            f"{len(behind)}{in_brackets(behind)}"
+            f"- {NAMES[name]}: ahead at {ahead}, behind at {len(behind)}{in_brackets(behind)}"
         )
     text = (
-        f"Of {len(standings)} kinds of anomaly, by the AUROC of the anomaly score, the VAE is\n\n"
+        f"The VAE beside others, at {len(standings)} kinds of anomaly, by the AUROC of the anomaly "
+        "score:\n\n"
     )
     text += "\n".join(items)
     if "vae" in m.get("left out, seed 0", {}):
@@ -489,9 +493,9 @@ def left_out_text(m):
         others.append(f", {statistics.mean(runs[name].values()):.2f} by {NAMES[name]}")
     hardest = min(areas, key=areas.get)
     return (
-        "A digit that was left out of training is told from all others with an AUROC of "
-        f"{statistics.mean(areas.values()):.2f} on average{''.join(others)} (five epochs, one "
-        f"seed). The VAE's hardest is the {hardest}: {areas[hardest]:.2f}."
+        "A digit left out of training (five epochs, one seed) is told from the others with an "
+        f"AUROC of {statistics.mean(areas.values()):.2f} on average{''.join(others)}. The VAE's "
+        f"hardest is the {hardest}: {areas[hardest]:.2f}."
     )
 
 

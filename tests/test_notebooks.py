@@ -178,9 +178,9 @@ EDITS = {
 RUNS = {
     "width": [{"LATENT_DIM": 1, "BETA": 4.0}],
     "activation and loss": [
-        {"LATENT_DIM": 2, "AUTOENCODER": True, "LEAVE_OUT": 4},
+        {"LATENT_DIM": 2, "VARIATIONAL": False, "LEAVE_OUT": 4},
         {"LATENT_DIM": 3},
-        {"LATENT_DIM": 3, "AUTOENCODER": True},
+        {"LATENT_DIM": 3, "VARIATIONAL": False},
     ],
 }
 SAVED = {
