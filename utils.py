@@ -288,7 +288,8 @@ def _seeded(seed):
 def _standard_normal(shape, generator, device):
     """Noise drawn where the generator lives, so that a CPU generator repeats on any device."""
     drawn_on = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=drawn_on).to(device)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=drawn_on)
+    return noise.to(device)
 
 
 def _bounded(logvar):
@@ -339,7 +340,8 @@ class VAE(nn.Module):
     def forward(self, x, generator=None):
         """Images (B, 1, 28, 28) -> logits (B, 1, 28, 28) of one sampled z, mu, logvar.
 
-        `generator`, a torch.Generator or None, draws the noise.
+        `generator`, a torch.Generator or None, draws the noise. Training calls this; validation and
+        pictures call `encode` and `decode`.
         """
         mu, logvar = self.encode(x)
         z = reparameterize(mu, logvar, generator) if self.variational else mu
@@ -469,6 +471,7 @@ def elbo(model, x, generator, beta, progress):
     model and the loss see it; to denoise, change what the model sees and not the loss's x. All
     noise comes from `generator`. `progress`, from 0 to 1, is the share of the run that is behind:
     for a KL warm-up, replace beta by beta * min(1, 5 * progress).
+    What it uses belongs to the run, so fill no list here: keep a log in `on_epoch`.
     """
     if isinstance(model, VAE):
         logits, mu, logvar = model(x, generator)
@@ -518,7 +521,7 @@ def fit(
     `objective` is what a step minimises: see `elbo`. Validation and the choice of the best epoch
     are always BCE + beta * KL of the model, whatever the objective.
     `on_epoch(averaged_model, row)` is called after every epoch, once it is saved. It gets a copy of
-    the running average, and nothing that it does changes the run.
+    the running average; what it does to it, or draws at random, does not change the run.
 
     At the end the model holds the epoch with the lowest validation loss, and `model.metadata` says
     how it was trained. If training stops early, by an interrupt or an error, the model gets back
@@ -557,7 +560,6 @@ def fit(
         _pack(model, metadata)  # what cannot be saved is refused before any work
         settings |= {
             "images": _digest({"training": train_images, "validation": val_images}),
-            "initial weights": _digest(model.state_dict()),
             "utils.py": _code_of(fit),
             "the model": _code_of(model),
             "the objective": _code_of(objective),
@@ -759,7 +761,8 @@ def _unfinished(path):
 def _read_run(path):
     """What the files of a run hold: its metadata, and the states of its parts.
 
-    The model's file holds the best model alone, the .unfinished file all parts.
+    The model's file holds the best model alone, the .unfinished file all parts. If another model
+    has been saved in its place, that one counts.
     """
     state = {"metadata": {}}
     if path.exists():
@@ -768,8 +771,8 @@ def _read_run(path):
     unfinished = _unfinished(path)
     if unfinished.exists():
         try:
-            state = torch.load(unfinished, map_location="cpu", weights_only=True)
-            state["metadata"]["history"]
+            run = torch.load(unfinished, map_location="cpu", weights_only=True)
+            settings = run["metadata"]["settings"]
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader stumbles over, the file is at fault
@@ -777,6 +780,8 @@ def _read_run(path):
                 f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
                 "anew"
             ) from None
+        if not path.exists() or state["metadata"].get("settings") == settings:
+            return run
     return state
 
 
@@ -829,19 +834,22 @@ def _parts_of(value):
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     if isinstance(value, dict):
-        return [*value, *value.values()]
+        return list(value.items())
     if isinstance(value, types.ModuleType):
         return [value.__name__]
-    if isinstance(value, Tensor | np.ndarray):
-        return [_digest({"": torch.as_tensor(value)})]
+    if isinstance(value, Tensor):
+        return [value.requires_grad, _digest({"": value})]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, value.tobytes()]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
     if isinstance(value, property):
         return [value.fget]
     if isinstance(value, nn.Module):
-        not_code = {*vars(nn.Module()), "metadata"}  # weights and hooks
+        not_code = {*vars(nn.Module()), "metadata"}  # hooks and the like
         own = {name: member for name, member in vars(value).items() if name not in not_code}
-        return [type(value), own, *value.children()]
+        tensors = [*value.parameters(recurse=False), *value.buffers(recurse=False)]
+        return [type(value), own, *value.children(), *tensors]
     if _is_installed(getattr(value, "__module__", None) or "builtins"):
         return []
     if isinstance(value, types.FunctionType):
@@ -867,12 +875,12 @@ def _parts_of_function(function):
             argument = instruction.argval
             if instruction.opname == "NOP":  # it stands for a line
                 continue
-            if instruction.argrepr.startswith("to "):  # a jump, whose target layout may move
+            if instruction.argrepr.startswith("to "):  # a jump: layout may move where it goes to
                 argument = None
             if isinstance(argument, types.CodeType):  # a function in the function
                 codes.append(argument)
                 argument = None
-            parts += [instruction.opname, argument]
+            parts += [instruction.opname, argument, instruction.is_jump_target]
             if instruction.opname == "LOAD_GLOBAL":
                 used = function.__globals__.get(argument)
                 parts.append(used)
@@ -886,7 +894,7 @@ def _parts_of_function(function):
 def _is_installed(module_name):
     """Whether a module comes with Python or with a package."""
     file = getattr(sys.modules.get(module_name), "__file__", None) or ""
-    in_package = "site-packages" in file or "dist-packages" in file
+    in_package = "-packages" in file  # site-packages, or Debian's dist-packages
     in_python = module_name.split(".")[0] in sys.stdlib_module_names
     # A notebook's __main__ has the file of its launcher, which is a package's.
     return module_name != "__main__" and (in_package or in_python)
@@ -931,7 +939,20 @@ def load_checkpoint(path, device="cpu", model_class=VAE):
     network of the code computes something else than the one that was saved.
     """
     path = Path(path).expanduser()
-    model = _rebuild(model_class, *_read_checkpoint(path), path)
+    header, tensors = _read_checkpoint(path)
+    saved_class = header["metadata"]["model_class"]
+    if saved_class != model_class.__name__:
+        raise CheckpointError(
+            f"{path} holds a model of the class {saved_class}, not {model_class.__name__}: pass "
+            "that class as model_class"
+        )
+    model = _rebuild(
+        model_class,
+        header,
+        tensors,
+        f"{path} was trained by another network than the code has now: train again, or undo the "
+        "edit",
+    )
     return model.to(device).eval()
 
 
@@ -1028,7 +1049,12 @@ def _pack(model, metadata):
     }
     text = json.dumps(header, allow_nan=False)
     content = safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
-    _rebuild(type(model), header, tensors, "what would be saved")
+    _rebuild(
+        type(model),
+        header,
+        tensors,
+        f"{type(model).__name__} cannot be saved: latent_dim and variational do not rebuild it",
+    )
     return content
 
 
@@ -1056,14 +1082,9 @@ def _read_checkpoint(path):
         raise CheckpointError(f"{path} is no sound checkpoint of this project ({reason})") from None
 
 
-def _rebuild(model_class, header, tensors, source):
-    """The model of a checkpoint on the CPU, after a trial that it does what was saved."""
+def _rebuild(model_class, header, tensors, complaint):
+    """The model of a checkpoint on the CPU; CheckpointError unless it does what was saved."""
     known = header["metadata"]
-    if known["model_class"] != model_class.__name__:
-        raise CheckpointError(
-            f"{source} holds a model of the class {known['model_class']}, not "
-            f"{model_class.__name__}: pass that class as model_class"
-        )
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = model_class(latent_dim=known["latent_dim"], variational=known["variational"])
@@ -1073,10 +1094,7 @@ def _rebuild(model_class, header, tensors, source):
             raise ValueError("the same weights give other results")
     except Exception as error:  # a class of one's own may fail in any way
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{source} was trained by another network than the code has now ({reason}): train "
-            "again, or undo the edit"
-        ) from None
+        raise CheckpointError(f"{complaint} ({reason})") from None
     model.metadata = known
     return model
 
@@ -1123,19 +1141,13 @@ def _lock(path):
     CheckpointError if another process holds it, OSError if its folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
     except filelock.Timeout:
         raise CheckpointError(
             f"another process is using {path}: wait for it, or use another name"
         ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes no open file
-            os.unlink(lock.lock_file)
-        lock.release()
 
 
 # ---------------------------------------- Evaluation ----------------------------------------
@@ -1256,7 +1268,7 @@ def fit_mixture(model, images, num_components=50, seed=0):
 
 
 def _noise(x, level, generator):
-    return x + level * torch.randn(x.shape, generator=generator)
+    return x + level * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def _salt_and_pepper(x, share, generator):

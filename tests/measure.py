@@ -200,7 +200,10 @@ EDITS = {
         "no weight decay: `WEIGHT_DECAY = 0.0`", [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")]
     ),
     "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
-    "latent 16": Edit("`latent_dim=32` → `latent_dim=16`", [("latent_dim=32", "latent_dim=16")]),
+    "latent 16": Edit(
+        "16 latent dimensions: no edit, but `-p LATENT_DIM 16`",
+        [("latent_dim=32", "latent_dim=16")],
+    ),
     "warm-up": Edit(
         "KL warm-up: in `elbo`, `beta` → `beta * min(1, 5 * progress)`",
         [

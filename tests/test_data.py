@@ -212,6 +212,16 @@ def test_without_mnist_it_is_told_where_the_files_belong(tmp_path, mirrors, beha
     assert warning.filename == __file__
 
 
+def test_a_download_waits_no_longer_than_the_timeout(tmp_path, monkeypatch):
+    waits = []
+    download = lambda *_, **__: waits.append(socket.getdefaulttimeout()) or 1 / 0  # noqa: E731
+    monkeypatch.setattr(utils.datasets, "MNIST", download)
+    with pytest.raises(FileNotFoundError):
+        utils.load_images("mnist", tmp_path)
+    assert waits == [utils.NETWORK_TIMEOUT]
+    assert socket.getdefaulttimeout() is None
+
+
 def test_a_place_that_cannot_be_written_is_told(tmp_path, mirrors):
     mirrors("good")
     (tmp_path / "file").touch()

@@ -1,5 +1,6 @@
 """Likelihood, codes, corruptions and figures, held against something computed another way."""
 
+import inspect
 import json
 import math
 import random
@@ -45,6 +46,19 @@ def test_a_committed_reference_has_the_loss_that_was_measured(
     validation = torch.cat([split.images for split in digits[1:]])
     loss = utils.evaluate(model, validation, num_samples=1).loss
     assert loss == pytest.approx(expected, abs=0.3 if variational else 0.01), EDITED
+
+
+def test_the_committed_vae_has_the_test_loss_that_was_measured(mnist):
+    vae = utils.load_checkpoint(ROOT / "models_mnist/vae_mnist_reference.safetensors")
+    measured = json.loads((ROOT / "models_mnist/reference.json").read_text(encoding="utf-8"))
+    loss = utils.evaluate(vae, mnist.test.images, num_samples=1).loss
+    assert loss == pytest.approx(measured["test"]["vae"]["0"]["loss"], abs=0.1), EDITED
+
+
+def test_as_many_samples_are_drawn_as_the_docstrings_say():
+    drawn = [utils.loss_per_image, utils.evaluate, utils.log_likelihood]
+    defaults = [inspect.signature(f).parameters["num_samples"].default for f in drawn]
+    assert defaults == [10, 10, 500]
 
 
 # the loss over a data set
@@ -265,6 +279,10 @@ def test_anomalies_are_what_they_are_called(images):
         assert not torch.equal(utils.ANOMALIES[kind](images, 2), made[kind]), "it has no seed"
     assert torch.equal(made["mirrored"][..., 10], images[..., 17])
     assert torch.equal(utils.ANOMALIES["rotated"](made["rotated"], 0), images.flip(2, 3))
+    assert torch.equal(made["upside down"][..., 10, :], images[..., 17, :])
+    around = images[..., 13:16, 13:16].flatten(1).amax(1)
+    assert torch.equal(made["thicker"][:, 0, 14, 14], around)
+    assert torch.equal(made["two overlaid"][1], torch.maximum(images[0], images[1]))
     assert torch.equal(made["inverted"], 1 - images)
     assert torch.equal(made["black"], grey(0.0, 6))
     assert not torch.equal(made["shuffled"], images)
@@ -280,7 +298,9 @@ def test_squared_error_sums_over_the_pixels_of_an_image():
 
 
 def test_digits_grid_draws_what_it_was_given(images):
-    rows = [images[:3], images[3:5] - images[:2], 0.5 * images[:1]]
+    single = 0.5 * images[:1]
+    single[0, 0, 3, 3] = -0.01  # one pixel below 0 makes no difference of it
+    rows = [images[:3], images[3:5] - images[:2], single]
     figure = utils.digits_grid(rows, ["a", "b", "c"], ["0", "1", "2"])
     (ax,) = figure.axes
     for i, (row, strip) in enumerate(zip(rows, ax.images, strict=True)):

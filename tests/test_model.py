@@ -6,6 +6,7 @@ The network itself is held to the committed references, in test_evaluation.py.
 import copy
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -121,6 +122,19 @@ def test_noise_repeats_with_its_generator_alone(model):
 def test_a_model_is_a_vae_of_32_dimensions_unless_it_is_told_otherwise():
     mu, logvar = utils.VAE().encode(torch.rand(3, 1, 28, 28))
     assert mu.shape == logvar.shape == (3, 32), EDITED
+
+
+def test_layers_are_those_that_the_readme_describes():
+    model = utils.VAE()
+    layers = {}
+    for name in ("encoder", "decoder"):
+        modules = getattr(model, name).modules()
+        counts = Counter(type(module).__name__ for module in modules if not list(module.children()))
+        layers[name] = dict(counts)
+    convolutions = {"Conv2d": 3, "BatchNorm2d": 2}
+    assert layers["encoder"] == {**convolutions, "Flatten": 1, "Linear": 3, "GELU": 5}, EDITED
+    convolutions = {"Conv2d": 2, "ConvTranspose2d": 2, "BatchNorm2d": 2}
+    assert layers["decoder"] == {**convolutions, "Unflatten": 1, "Linear": 3, "GELU": 6}, EDITED
 
 
 def test_what_comes_out_of_a_model(digits):

@@ -1,5 +1,7 @@
 """Training: it does what it says, repeats bit for bit, keeps the best epoch, and loses nothing."""
 
+import functools
+import inspect
 import io
 import math
 import os
@@ -8,7 +10,9 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -390,6 +394,33 @@ def test_any_network_with_encode_and_decode_trains_without_a_checkpoint(few, bes
     assert not best.exists()
 
 
+def test_a_default_dtype_of_doubles_makes_no_difference(few):
+    expected, _ = train(few, epochs=1)
+    model = fresh()
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(few, model=model, epochs=1)
+        assert utils.corrupt(few[1], "noise", 0.3).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_weights(model, expected)
+
+
+def test_a_network_of_ones_own_is_trained_by_its_elbo(model, few):
+    own = SimpleNamespace(encode=model.encode, decode=model.decode)
+    losses = []
+    for kind in (model, own):
+        generator = torch.Generator().manual_seed(5)
+        losses.append(torch.stack(utils.elbo(kind, few[1], generator, 2.0, 0.5)))
+    assert torch.equal(*losses)
+
+
+def test_the_defaults_are_the_recipe_of_the_readme():
+    names = ("epochs", "batch_size", "learning_rate", "beta", "objective")
+    defaults = inspect.signature(utils.fit).parameters
+    assert [defaults[name].default for name in names] == [20, 64, 1e-3, 1.0, utils.elbo], EDITED
+
+
 def test_another_optimizer_trains_and_goes_on(few, tmp_path, edited, monkeypatch):
     source = "optimizer = make_optimizer(model)"
     sgd = edited(source, "optimizer = torch.optim.SGD(model.parameters(), 0.0, momentum=0.9)")
@@ -508,6 +539,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best):
     assert utils.load_checkpoint(best).metadata["epoch"] == 1
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_validation_loss_that_is_not_finite_stops_the_run(few, monkeypatch, place):
+    losses = [1.0, 1.0, 1.0]
+    losses[place] = math.nan
+    monkeypatch.setattr(utils, "evaluate", lambda *_, **__: utils.Loss(*losses))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train(few)
+
+
 CHILD = """
 import sys
 import torch
@@ -590,7 +630,7 @@ def test_a_finished_run_is_not_trained_again(few, best, capsys):
     "change, says",
     [
         ({"epochs": 3}, "(epochs changed)"),
-        ({"model": lambda: fresh(3)}, "initial weights, the model changed"),
+        ({"model": lambda: fresh(3)}, "(the model changed)"),
         ({"model": lambda: fresh(2, False)}, "the model changed"),
         ({"seed": 2}, "seed"),
         ({"beta": 2.0}, "(beta changed)"),
@@ -651,6 +691,15 @@ def test_a_run_stopped_in_its_first_epoch_leaves_what_stood_there(few, best, mon
     assert files(best.parent) == [KEPT]
 
 
+def test_a_model_saved_in_the_place_of_an_unfinished_run_is_kept(few, best, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, on_epoch=stop_after(1))
+    utils.save_checkpoint(best, utils.VAE(7), note="precious")
+    train(few, best)
+    assert "going on" not in capsys.readouterr().out
+    assert utils.read_metadata(best.with_name(ASIDE))["note"] == "precious"
+
+
 # the code of a run
 
 
@@ -684,6 +733,42 @@ def test_an_edit_of_utils_starts_a_new_run(few, best, edited, capsys, old, new):
     train(few, best, module=edited(old, new), epochs=1)
     assert str(is_same_run(capsys)).startswith("utils.py")
     assert files(best.parent) == [ASIDE, KEPT]
+
+
+def test_what_a_line_moved_into_an_if_does_is_an_edit(few, best, capsys):
+    code = """
+def mine(model, x, generator, beta, progress):
+    if progress > 2:
+        x = x.flip(3)
+    beta = 4 * beta
+    return utils.elbo(model, x, generator, beta, progress)
+"""
+    for changed in (code, code.replace("    beta = 4", "        beta = 4")):
+        capsys.readouterr()
+        train(few, best, objective=typed(changed)["mine"], epochs=1)
+    assert is_same_run(capsys) == "the objective changed"
+
+
+def test_frozen_weights_are_another_run(few, best, capsys):
+    train(few, best, epochs=1)
+    frozen = fresh()
+    frozen.encoder.requires_grad_(False)
+    capsys.readouterr()
+    train(few, best, model=frozen, epochs=1)
+    assert is_same_run(capsys) == "the model changed"
+    assert same_weights(frozen.encoder.dense, fresh().encoder.dense)
+
+
+def test_the_weights_and_arrays_that_an_objective_uses_belong_to_it():
+    teacher = nn.Linear(2, 2)
+    table = np.array(["a", "b"])[::-1]
+    objective = lambda model, x: (teacher(x), table)  # noqa: E731
+    codes = {utils._code_of(objective)}
+    teacher.bias.data[0] += 1
+    codes.add(utils._code_of(objective))
+    table[0] = "c"
+    codes.add(utils._code_of(objective))
+    assert len(codes) == 3
 
 
 def test_comments_docstrings_and_layout_are_no_edit(few, best, edited, capsys):
@@ -729,8 +814,8 @@ class Mine(utils.VAE):
 """
 OBJECTIVE = """
 def make(share):
-    def mine(model, x, generator, beta, progress, top=TOP):
-        largest = lambda x: x.clamp(max=top)
+    def mine(model, x, generator, beta, progress, top=TOP, *, least=LEAST):
+        largest = lambda x: x.clamp(least, top)
         x = largest(share * brighter(x))
         return utils.elbo(model, x, generator, FACTOR * beta, progress)
 
@@ -753,24 +838,32 @@ def test_a_class_typed_anew_starts_a_new_run(few, best, capsys):
 
 def test_an_objective_is_known_by_all_that_it_uses(few, best, capsys):
     """Numbers, functions, defaults and variables of outer functions, in inner functions, too."""
-    numbers = {"GAIN": 2, "FACTOR": 1.0, "TOP": 1.0, "share": 1.0, "inner": "x"}
+    numbers = {"GAIN": 2, "FACTOR": 1.0, "TOP": 1.0, "LEAST": 0.0, "share": 1.0, "inner": "x"}
 
     def said(**change):
         made = {**numbers, **change}
         code = OBJECTIVE.replace("lambda x: x", f"lambda x: {made['inner']}")
         code = code.replace("GAIN", str(made["GAIN"]))
-        scope = typed(code, FACTOR=made["FACTOR"], TOP=made["TOP"])
+        scope = typed(code, **{name: made[name] for name in ("FACTOR", "TOP", "LEAST")})
         capsys.readouterr()
-        train(few, best, objective=scope["make"](made["share"]), epochs=1)
+        objective = functools.partial(scope["make"](made["share"]))
+        train(few, best, objective=objective, epochs=1)
         return is_same_run(capsys)
 
-    changes = [{"GAIN": 3}, {"FACTOR": 0.5}, {"TOP": 0.9}, {"share": 0.9}]
+    changes = [{"GAIN": 3}, {"FACTOR": 0.5}, {"TOP": 0.9}, {"LEAST": 0.1}, {"share": 0.9}]
     changes.append({"inner": "x in {'a', 'b', 'c'} or x"})
     train(few, best, epochs=1)
     for change in changes:
         assert said() == "the objective changed"
         assert said() is True
         assert said(**change) == "the objective changed", change
+
+
+def test_the_order_of_a_set_makes_no_difference():
+    """It differs from process to process."""
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other)
+    assert utils._code_of(one) == utils._code_of(other)
 
 
 def test_an_objective_is_known_by_what_it_uses_of_utils(few, best, edited, capsys):
@@ -809,10 +902,18 @@ def test_a_training_holds_its_file_to_its_end(few, best):
     utils.save_checkpoint(best, model)
 
 
-@pytest.mark.parametrize("full", [".unfinished", ".safetensors"])
-@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize(
+    "full, epoch",
+    [
+        (".unfinished", 1),
+        (".unfinished", 2),
+        (".safetensors", 1),
+        (".safetensors", 2),
+        (".safetensors", 3),
+    ],
+)
 def test_a_disk_that_fills_stops_the_run_and_keeps_what_was_saved(
-    few, best, monkeypatch, full, epoch
+    few, best, monkeypatch, capsys, full, epoch
 ):
     train(few, best)
     before = best.read_bytes()
@@ -832,12 +933,15 @@ def test_a_disk_that_fills_stops_the_run_and_keeps_what_was_saved(
         came_with = weights_of(model)
         with pytest.raises(utils.CheckpointError, match="No space left on device") as caught:
             train(few, best, epochs=3, seed=2, model=model)
-    kept = "Nothing of this run" if epoch == 1 else "keeps the best of 1 epochs"
+    kept = "Nothing of this run" if epoch == 1 else f"keeps the best of {epoch - 1} epochs"
     assert kept in str(caught.value)
     assert holds(model, came_with)
     assert before in [path.read_bytes() for path in best.parent.glob("vae*.safetensors")]
+    capsys.readouterr()
     resumed, _ = train(few, best, epochs=3, seed=2)
     assert same_weights(resumed, train(few, epochs=3, seed=2)[0])
+    done = epoch - 1 if full == ".unfinished" else min(epoch, 2)  # it is written before the model
+    assert (f"going on after epoch {done}" in capsys.readouterr().out) == (done > 0)
 
 
 def notes(path):
@@ -895,6 +999,15 @@ def test_odd_file_names_are_names(few, tmp_path, name):
 
 
 # where it is told
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_the_progress_and_a_log_does_not(few, monkeypatch, is_terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    train(few, epochs=1)
+    assert ("epoch 1/1 |" in stream.getvalue()) == is_terminal
 
 
 @pytest.mark.parametrize("stream", ["no stderr", "ASCII"])
