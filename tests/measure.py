@@ -201,7 +201,7 @@ EDITS = {
     ),
     "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
     "latent 16": Edit(
-        "16 latent dimensions: no edit, but `-p LATENT_DIM 16`",
+        "16 latent dimensions: `-p LATENT_DIM 16`, no edit",
         [("latent_dim=32", "latent_dim=16")],
     ),
     "warm-up": Edit(
