@@ -62,6 +62,7 @@ from sklearn.utils import check_scalar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
+from torchvision.datasets.utils import check_md5
 from torchvision.transforms.functional import InterpolationMode, crop, rotate
 from tqdm import tqdm
 
@@ -108,6 +109,10 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def take(self, which):
+        """The images and labels at `which`, a mask (N,) or indices."""
+        return Split(self.images[which], self.labels[which])
+
 
 class Data(NamedTuple):
     """A data set by name ("mnist" or "mnist5k") in three disjoint splits."""
@@ -131,15 +136,13 @@ def load_images(source="auto", root="data"):
     """
     if source not in ("auto", "mnist", "mnist5k"):
         raise ValueError(f'source must be "auto", "mnist" or "mnist5k", not {source!r}')
-    root = Path(root).expanduser()
-    if source == "mnist5k":
-        return _mnist5k()
-    try:
-        return _mnist(root)
-    except FileNotFoundError as error:
-        if source == "mnist":
-            raise
-        warnings.warn(f"ONLY 5,000 IMAGES OF MNIST: {error}", stacklevel=2)
+    if source != "mnist5k":
+        try:
+            return _mnist(Path(root).expanduser())
+        except FileNotFoundError as error:
+            if source == "mnist":
+                raise
+            warnings.warn(f"ONLY 5,000 IMAGES OF MNIST: {error}", stacklevel=2)
     return _mnist5k()
 
 
@@ -148,10 +151,7 @@ def leave_out(data, digit):
     if digit is None:
         return data
     _integer(digit, "the digit to leave out", 0, 9)
-    splits = []
-    for images, labels in (data.train, data.val, data.test):
-        keep = labels != digit
-        splits.append(Split(images[keep], labels[keep]))
+    splits = [split.take(split.labels != digit) for split in (data.train, data.val, data.test)]
     return Data(data.name, *splits)
 
 
@@ -160,9 +160,7 @@ def _mnist(root):
     raw = root / "MNIST" / "raw"
     for name, md5 in MNIST_FILES.items():
         file = raw / name
-        if not file.exists():
-            continue
-        if hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+        if file.exists() and not check_md5(file, md5):
             raise ValueError(
                 f"{file} is not MNIST's file: its MD5 is not {md5}. Move it away, and it is "
                 "downloaded again. To train on images of your own, pass them to utils.fit"
@@ -189,20 +187,19 @@ def _mnist5k():
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
     order = torch.randperm(len(images), generator=_seeded(0))
-    all_images = Split(images[order], torch.from_numpy(labels).long()[order])
-    test, others = _take_out(all_images, 50)
+    shuffled = Split(images, torch.from_numpy(labels).long()).take(order)
+    test, others = _take_out(shuffled, 50)
     val, train = _take_out(others, 50)
     return Data("mnist5k", train, val, test)
 
 
 def _take_out(split, count):
     """Two splits: the first `count` images of each digit, in their order, and all others."""
-    images, labels = split
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
     for digit in range(10):
-        of_digit = (labels == digit).nonzero()
+        of_digit = (split.labels == digit).nonzero()
         chosen[of_digit[:count]] = True
-    return Split(images[chosen], labels[chosen]), Split(images[~chosen], labels[~chosen])
+    return split.take(chosen), split.take(~chosen)
 
 
 # ---------------------------------------- Model ----------------------------------------
