@@ -270,7 +270,12 @@ class Decoder(nn.Module):
 
 
 def reparameterize(mu, logvar, generator=None):
-    """z = mu + sigma * eps with eps ~ N(0, I): gradients reach mu and logvar. All are (B, D)."""
+    """z = mu + sigma * eps with eps ~ N(0, I): gradients reach mu and logvar. All are (B, D).
+
+    `logvar=None`, a plain autoencoder, means no noise.
+    """
+    if logvar is None:
+        return mu
     eps = _standard_normal(mu.shape, generator, mu.device)
     sigma = (0.5 * _bounded(logvar)).exp()
     return mu + sigma * eps
@@ -339,7 +344,7 @@ class VAE(nn.Module):
         `generator`, a torch.Generator or None, draws the noise.
         """
         mu, logvar = self.encode(x)
-        z = reparameterize(mu, logvar, generator) if self.variational else mu
+        z = reparameterize(mu, logvar, generator)
         return self.decode(z), mu, logvar
 
     def reconstruct(self, x):
@@ -404,19 +409,15 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
 
     logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
     Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
-    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). `logvar=None`, a plain
-    autoencoder, has no KL. Raises ValueError for tensors that do not go together and for images
-    outside [0, 1].
+    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). Raises ValueError for
+    tensors that do not go together and for images outside [0, 1].
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
     if logvar is not None and logvar.shape != mu.shape:
         raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     bce = bce_per_image(logits, x).mean()
-    if logvar is None:
-        kl = mu.new_zeros(())
-    else:
-        kl = kl_per_dimension(mu, logvar).sum(1).mean()
+    kl = kl_per_dimension(mu, logvar).sum(1).mean()
     return Loss(bce + beta * kl, bce, kl)
 
 
@@ -427,7 +428,12 @@ def bce_per_image(logits, x):
 
 
 def kl_per_dimension(mu, logvar):
-    """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2: (B, D) -> (B, D)."""
+    """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2: (B, D) -> (B, D).
+
+    It is 0 for `logvar=None`, a plain autoencoder.
+    """
+    if logvar is None:
+        return torch.zeros_like(mu)
     logvar = _bounded(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
@@ -1172,8 +1178,7 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     generator = _seeded(seed)
     mu, logvar = posterior(model, images)
     if logvar is None:
-        bce = _bce_of_codes(model, mu, images)
-        return Loss(bce, bce, torch.zeros_like(bce))
+        num_samples = 1  # all are mu
     bces = []
     for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
         z = reparameterize(mu, logvar, generator)
