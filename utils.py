@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5
-from torchvision.transforms.functional import InterpolationMode, crop, rotate
+from torchvision.transforms.functional import InterpolationMode, crop, erase, rotate
 from tqdm import tqdm
 
 MAX_SEED = 2**32 - 1
@@ -1272,10 +1272,8 @@ def _occlusion(x, side, generator):
     free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
     first = min(4, (28 - side) // 2)
     tops, lefts = first + torch.randint(free + 1, (2, len(x)), generator=generator)
-    x = x.clone()
-    for image, top, left in zip(x, tops, lefts, strict=True):
-        image[:, top : top + side, left : left + side] = 0
-    return x
+    places = zip(x, tops, lefts, strict=True)
+    return torch.stack([erase(image, top, left, side, side, 0) for image, top, left in places])
 
 
 def _blur(x, sigma, generator):
@@ -1375,7 +1373,7 @@ def reconstruction_score(rebuilt, images):
     `python tests/measure.py scores` compares on validation images.
     """
     ink = images.flatten(1).sum(1).cpu().double()
-    return window_error(rebuilt.cpu(), images.cpu()) / (1 + ink).sqrt()
+    return window_error(rebuilt, images) / (1 + ink).sqrt()
 
 
 def window_error(rebuilt, images):
@@ -1384,8 +1382,8 @@ def window_error(rebuilt, images):
     Noise cancels there; a stroke does not.
     """
     _check_pair(rebuilt, images)
-    mean = F.avg_pool2d(images - rebuilt, 7, stride=1)  # (N, 1, 22, 22)
-    return 49 * mean.abs().flatten(1).amax(1).cpu().double()
+    mean = F.avg_pool2d(images.cpu() - rebuilt.cpu(), 7, stride=1)  # (N, 1, 22, 22)
+    return 49 * mean.abs().flatten(1).amax(1).double()
 
 
 def squared_error(images, originals):
