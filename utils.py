@@ -1407,7 +1407,9 @@ def read_digit(path):
     ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = Path(path).expanduser()
-    page = _even_light(_greys(_open_picture(path)))
+    greys = _greys(_open_picture(path))
+    # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light. Paper is about 0.
+    page = difference_of_gaussians(greys, 1, 80, mode="reflect")
     page, ink = _first_look(page)
     if ink.max() <= 0.1:  # what is fainter is noise
         raise _no_digit(path.name, "there is no ink on it")
@@ -1446,12 +1448,6 @@ def _greys(picture):
     # What is transparent becomes white if the ink is dark, else black.
     ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0
     return alpha * grey + (1 - alpha) * ground
-
-
-def _even_light(grey):
-    """Greys as a page in even light, both (h, w): about 0 on paper, below 0 on dark ink."""
-    # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
-    return difference_of_gaussians(grey, 1, 80, mode="reflect")
 
 
 def _first_look(page):
