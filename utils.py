@@ -313,18 +313,10 @@ class VAE(nn.Module):
         self.metadata = {}  # what is known of the model: see `fit` and `load_checkpoint`
         self.encoder = Encoder(self.latent_dim)
         self.decoder = Decoder(self.latent_dim)
-        self.to("cpu")  # puts the weights of convolutions in the order that is fastest there
-
-    def to(self, *args, **kwargs):
-        """Move or cast as nn.Module does, and order the convolutions' weights for the device.
-
-        Channels last is the faster order on the CPU and CUDA. On Apple's MPS, many versions of
-        torch compute the gradient of batch normalisation wrongly in it (pytorch issue 175189).
-        """
-        super().to(*args, **kwargs)
-        on_mps = _device(self).type == "mps"
-        layout = torch.contiguous_format if on_mps else torch.channels_last
-        return super().to(memory_format=layout)
+        # Channels last is the faster order of the weights on the CPU and CUDA. On Apple's MPS, many
+        # versions of torch compute gradients wrongly in it (pytorch issue 175189).
+        if not torch.backends.mps.is_available():
+            self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
         """Images (B, 1, 28, 28) on the model's device -> mu, logvar, each (B, D).
