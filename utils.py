@@ -1193,7 +1193,6 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     return Loss(loss, bce, kl)
 
 
-@torch.no_grad()
 def log_likelihood(model, images, num_samples=500, seed=0):
     """log p(x) of every image in nats, (N,) float64: importance sampling from q(z|x).
 
@@ -1470,10 +1469,11 @@ def _is_hole(mask, strokes):
     """
     border = [MARGIN, -MARGIN - 1]  # the first and last row or column of the page
     reach_border = strokes[border].any() or strokes[:, border].any()
-    enclosed = mask & ndimage.binary_fill_holes(strokes)
-    shared = mask & strokes
-    is_enclosed = enclosed.sum() > 0.95 * mask.sum()
-    return reach_border and is_enclosed and shared.sum() < 0.5 * mask.sum()
+    if not reach_border or not mask.any():
+        return False
+    share_enclosed = ndimage.binary_fill_holes(strokes)[mask].mean()
+    share_covered = strokes[mask].mean()
+    return share_enclosed > 0.95 and share_covered < 0.5
 
 
 def _dark_on_light(page):
