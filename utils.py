@@ -402,12 +402,10 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
     logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
     Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
     appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). Raises ValueError for
-    tensors that do not go together and for images outside [0, 1].
+    logits and x of different shapes and for images outside [0, 1].
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
-    if logvar is not None and logvar.shape != mu.shape:
-        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     bce = bce_per_image(logits, x).mean()
     kl = kl_per_dimension(mu, logvar).sum(1).mean()
     return Loss(bce + beta * kl, bce, kl)
