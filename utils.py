@@ -62,7 +62,8 @@ from sklearn.utils import check_scalar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
-from torchvision.transforms.functional import InterpolationMode, crop, rotate
+from torchvision.datasets.utils import check_md5
+from torchvision.transforms.functional import InterpolationMode, crop, erase, rotate
 from tqdm import tqdm
 
 MAX_SEED = 2**32 - 1
@@ -108,6 +109,10 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def take(self, which):
+        """The images and labels at `which`, a mask (N,) or indices."""
+        return Split(self.images[which], self.labels[which])
+
 
 class Data(NamedTuple):
     """A data set by name ("mnist" or "mnist5k") in three disjoint splits."""
@@ -131,15 +136,13 @@ def load_images(source="auto", root="data"):
     """
     if source not in ("auto", "mnist", "mnist5k"):
         raise ValueError(f'source must be "auto", "mnist" or "mnist5k", not {source!r}')
-    root = Path(root).expanduser()
-    if source == "mnist5k":
-        return _mnist5k()
-    try:
-        return _mnist(root)
-    except FileNotFoundError as error:
-        if source == "mnist":
-            raise
-        warnings.warn(f"ONLY 5,000 IMAGES OF MNIST: {error}", stacklevel=2)
+    if source != "mnist5k":
+        try:
+            return _mnist(Path(root).expanduser())
+        except FileNotFoundError as error:
+            if source == "mnist":
+                raise
+            warnings.warn(f"ONLY 5,000 IMAGES OF MNIST: {error}", stacklevel=2)
     return _mnist5k()
 
 
@@ -148,10 +151,7 @@ def leave_out(data, digit):
     if digit is None:
         return data
     _integer(digit, "the digit to leave out", 0, 9)
-    splits = []
-    for images, labels in (data.train, data.val, data.test):
-        keep = labels != digit
-        splits.append(Split(images[keep], labels[keep]))
+    splits = [split.take(split.labels != digit) for split in (data.train, data.val, data.test)]
     return Data(data.name, *splits)
 
 
@@ -160,9 +160,7 @@ def _mnist(root):
     raw = root / "MNIST" / "raw"
     for name, md5 in MNIST_FILES.items():
         file = raw / name
-        if not file.exists():
-            continue
-        if hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+        if file.exists() and not check_md5(file, md5):
             raise ValueError(
                 f"{file} is not MNIST's file: its MD5 is not {md5}. Move it away, and it is "
                 "downloaded again. To train on images of your own, pass them to utils.fit"
@@ -189,20 +187,19 @@ def _mnist5k():
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
     order = torch.randperm(len(images), generator=_seeded(0))
-    all_images = Split(images[order], torch.from_numpy(labels).long()[order])
-    test, others = _take_out(all_images, 50)
+    shuffled = Split(images, torch.from_numpy(labels).long()).take(order)
+    test, others = _take_out(shuffled, 50)
     val, train = _take_out(others, 50)
     return Data("mnist5k", train, val, test)
 
 
 def _take_out(split, count):
     """Two splits: the first `count` images of each digit, in their order, and all others."""
-    images, labels = split
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen = torch.zeros(len(split.labels), dtype=torch.bool)
     for digit in range(10):
-        of_digit = (labels == digit).nonzero()
+        of_digit = (split.labels == digit).nonzero()
         chosen[of_digit[:count]] = True
-    return Split(images[chosen], labels[chosen]), Split(images[~chosen], labels[~chosen])
+    return split.take(chosen), split.take(~chosen)
 
 
 # ---------------------------------------- Model ----------------------------------------
@@ -273,7 +270,12 @@ class Decoder(nn.Module):
 
 
 def reparameterize(mu, logvar, generator=None):
-    """z = mu + sigma * eps with eps ~ N(0, I): gradients reach mu and logvar. All are (B, D)."""
+    """z = mu + sigma * eps with eps ~ N(0, I): gradients reach mu and logvar. All are (B, D).
+
+    `logvar=None`, a plain autoencoder, means no noise.
+    """
+    if logvar is None:
+        return mu
     eps = _standard_normal(mu.shape, generator, mu.device)
     sigma = (0.5 * _bounded(logvar)).exp()
     return mu + sigma * eps
@@ -312,18 +314,10 @@ class VAE(nn.Module):
         self.metadata = {}  # what is known of the model: see `fit` and `load_checkpoint`
         self.encoder = Encoder(self.latent_dim)
         self.decoder = Decoder(self.latent_dim)
-        self.to("cpu")  # puts the weights of convolutions in the order that is fastest there
-
-    def to(self, *args, **kwargs):
-        """Move or cast as nn.Module does, and order the convolutions' weights for the device.
-
-        Channels last is the faster order on the CPU and CUDA. On Apple's MPS, many versions of
-        torch compute the gradient of batch normalisation wrongly in it (pytorch issue 175189).
-        """
-        super().to(*args, **kwargs)
-        on_mps = _device(self).type == "mps"
-        layout = torch.contiguous_format if on_mps else torch.channels_last
-        return super().to(memory_format=layout)
+        # Channels last is the faster order of the weights on the CPU and CUDA. On Apple's MPS, many
+        # versions of torch compute gradients wrongly in it (pytorch issue 175189).
+        if not torch.backends.mps.is_available():
+            self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
         """Images (B, 1, 28, 28) on the model's device -> mu, logvar, each (B, D).
@@ -344,7 +338,7 @@ class VAE(nn.Module):
         pictures call `encode` and `decode`.
         """
         mu, logvar = self.encode(x)
-        z = reparameterize(mu, logvar, generator) if self.variational else mu
+        z = reparameterize(mu, logvar, generator)
         return self.decode(z), mu, logvar
 
     def reconstruct(self, x):
@@ -409,19 +403,13 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
 
     logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
     Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
-    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). `logvar=None`, a plain
-    autoencoder, has no KL. Raises ValueError for tensors that do not go together and for images
-    outside [0, 1].
+    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). Raises ValueError for
+    logits and x of different shapes and for images outside [0, 1].
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
-    if logvar is not None and logvar.shape != mu.shape:
-        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     bce = bce_per_image(logits, x).mean()
-    if logvar is None:
-        kl = mu.new_zeros(())
-    else:
-        kl = kl_per_dimension(mu, logvar).sum(1).mean()
+    kl = kl_per_dimension(mu, logvar).sum(1).mean()
     return Loss(bce + beta * kl, bce, kl)
 
 
@@ -432,7 +420,12 @@ def bce_per_image(logits, x):
 
 
 def kl_per_dimension(mu, logvar):
-    """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2: (B, D) -> (B, D)."""
+    """KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2: (B, D) -> (B, D).
+
+    It is 0 for `logvar=None`, a plain autoencoder.
+    """
+    if logvar is None:
+        return torch.zeros_like(mu)
     logvar = _bounded(logvar)
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
@@ -1187,8 +1180,7 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     generator = _seeded(seed)
     mu, logvar = posterior(model, images)
     if logvar is None:
-        bce = _bce_of_codes(model, mu, images)
-        return Loss(bce, bce, torch.zeros_like(bce))
+        num_samples = 1  # all are mu
     bces = []
     for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
         z = reparameterize(mu, logvar, generator)
@@ -1211,7 +1203,6 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     return Loss(loss, bce, kl)
 
 
-@torch.no_grad()
 def log_likelihood(model, images, num_samples=500, seed=0):
     """log p(x) of every image in nats, (N,) float64: importance sampling from q(z|x).
 
@@ -1282,10 +1273,8 @@ def _occlusion(x, side, generator):
     free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
     first = min(4, (28 - side) // 2)
     tops, lefts = first + torch.randint(free + 1, (2, len(x)), generator=generator)
-    x = x.clone()
-    for image, top, left in zip(x, tops, lefts, strict=True):
-        image[:, top : top + side, left : left + side] = 0
-    return x
+    places = zip(x, tops, lefts, strict=True)
+    return torch.stack([erase(image, top, left, side, side, 0) for image, top, left in places])
 
 
 def _blur(x, sigma, generator):
@@ -1385,7 +1374,7 @@ def reconstruction_score(rebuilt, images):
     `python tests/measure.py scores` compares on validation images.
     """
     ink = images.flatten(1).sum(1).cpu().double()
-    return window_error(rebuilt.cpu(), images.cpu()) / (1 + ink).sqrt()
+    return window_error(rebuilt, images) / (1 + ink).sqrt()
 
 
 def window_error(rebuilt, images):
@@ -1394,8 +1383,8 @@ def window_error(rebuilt, images):
     Noise cancels there; a stroke does not.
     """
     _check_pair(rebuilt, images)
-    mean = F.avg_pool2d(images - rebuilt, 7, stride=1)  # (N, 1, 22, 22)
-    return 49 * mean.abs().flatten(1).amax(1).cpu().double()
+    mean = F.avg_pool2d(images.cpu() - rebuilt.cpu(), 7, stride=1)  # (N, 1, 22, 22)
+    return 49 * mean.abs().flatten(1).amax(1).double()
 
 
 def squared_error(images, originals):
@@ -1419,7 +1408,9 @@ def read_digit(path):
     ValueError if the file is not a picture or does not show exactly one digit.
     """
     path = Path(path).expanduser()
-    page = _even_light(_greys(_open_picture(path)))
+    greys = _greys(_open_picture(path))
+    # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light. Paper is about 0.
+    page = difference_of_gaussians(greys, 1, 80, mode="reflect")
     page, ink = _first_look(page)
     if ink.max() <= 0.1:  # what is fainter is noise
         raise _no_digit(path.name, "there is no ink on it")
@@ -1460,12 +1451,6 @@ def _greys(picture):
     return alpha * grey + (1 - alpha) * ground
 
 
-def _even_light(grey):
-    """Greys as a page in even light, both (h, w): about 0 on paper, below 0 on dark ink."""
-    # A band-pass: 1 pixel takes away noise, 80 pixels slow changes of light.
-    return difference_of_gaussians(grey, 1, 80, mode="reflect")
-
-
 def _first_look(page):
     """The page, negated if its ink was light, and the ink, both (h, w)."""
     page, ink = _dark_on_light(page)
@@ -1494,10 +1479,11 @@ def _is_hole(mask, strokes):
     """
     border = [MARGIN, -MARGIN - 1]  # the first and last row or column of the page
     reach_border = strokes[border].any() or strokes[:, border].any()
-    enclosed = mask & ndimage.binary_fill_holes(strokes)
-    shared = mask & strokes
-    is_enclosed = enclosed.sum() > 0.95 * mask.sum()
-    return reach_border and is_enclosed and shared.sum() < 0.5 * mask.sum()
+    if not reach_border or not mask.any():
+        return False
+    share_enclosed = ndimage.binary_fill_holes(strokes)[mask].mean()
+    share_covered = strokes[mask].mean()
+    return share_enclosed > 0.95 and share_covered < 0.5
 
 
 def _dark_on_light(page):
