@@ -403,11 +403,14 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
 
     logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
     Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
-    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). Raises ValueError for
-    logits and x of different shapes and for images outside [0, 1].
+    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). `logvar=None`, a plain
+    autoencoder, has no KL. Raises ValueError for tensors that do not go together and for images
+    outside [0, 1].
     """
     _check_images(x, "x")
     _number(beta, "beta", 0)
+    if logvar is not None and logvar.shape != mu.shape:
+        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     bce = bce_per_image(logits, x).mean()
     kl = kl_per_dimension(mu, logvar).sum(1).mean()
     return Loss(bce + beta * kl, bce, kl)
@@ -470,7 +473,7 @@ def elbo(model, x, generator, beta, progress):
         logits, mu, logvar = model(x, generator)
     else:  # any network that has encode and decode
         mu, logvar = model.encode(x)
-        z = mu if logvar is None else reparameterize(mu, logvar, generator)
+        z = reparameterize(mu, logvar, generator)
         logits = model.decode(z)
     return vae_loss(logits, x, mu, logvar, beta)
 

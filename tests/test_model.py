@@ -233,6 +233,7 @@ CODES = torch.zeros(6, 4)
         (lambda: utils.vae_loss(X, X, CODES, CODES, beta=-1), "^beta "),
         (lambda: utils.vae_loss(X, X, CODES, CODES, beta=math.nan), "^beta "),
         (lambda: utils.vae_loss(X[:1], X, CODES, CODES), "size"),
+        (lambda: utils.vae_loss(X, X, CODES, CODES[:, :1]), "differ in shape"),
     ],
 )
 def test_what_makes_no_sense_is_named(call, says):
