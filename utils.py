@@ -1316,9 +1316,7 @@ CORRUPTIONS = {
         1.0,
         (0.02, 0.05, 0.1, 0.2),
     ),
-    "occlusion": Corruption(
-        _occlusion, "side of a black square over the digit, pixels", 28.0, (4, 8, 12, 16)
-    ),
+    "occlusion": Corruption(_occlusion, "side of a black square, pixels", 28.0, (4, 8, 12, 16)),
     "blur": Corruption(_blur, "standard deviation, pixels", 5.0, (0.5, 1.0, 1.5, 2.0)),
     "dimming": Corruption(_dimming, "share of the brightness lost", 1.0, (0.2, 0.4, 0.6, 0.8)),
     "rotation": Corruption(_rotation, "degrees, to either side", 180.0, (10, 20, 30, 45)),
