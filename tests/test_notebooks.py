@@ -17,7 +17,7 @@ SMALL = {
     "SOURCE": "mnist5k",
     "LIKELIHOOD_SAMPLES": 3,
     "LIKELIHOOD_IMAGES": 8,
-    "COMPARED_IMAGES": 50,
+    "COMPARED_IMAGES": 20,
 }
 
 # what is committed
