@@ -41,7 +41,7 @@ def test_the_committed_notebook_is_the_record_of_one_clean_run(name):
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "widgets" not in notebook["metadata"]
-    assert len(text) < 1.5e6
+    assert len(text) < 1.6e6
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     assert notebook["metadata"]["kernelspec"] == kernel, "Jupyter would change the file"
     for output in outputs:
