@@ -91,3 +91,8 @@ def same_weights(a, b):
     """Whether two models hold the same tensors, bit for bit."""
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
+
+
+def splits_of(data):
+    """Its training, validation and test images, with their labels."""
+    return data.train, data.val, data.test

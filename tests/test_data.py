@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import splits_of
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import MNIST
 
@@ -138,16 +139,16 @@ def test_files_are_read_and_the_first_500_of_each_digit_are_for_validation(root,
 
 
 def test_real_mnist_and_its_validation_images(mnist, digits):
-    for split in mnist[1:]:
+    for split in splits_of(mnist):
         check_split(split)
-    assert [len(split.images) for split in mnist[1:]] == [55_000, 5_000, 10_000]
+    assert [len(split.images) for split in splits_of(mnist)] == [55_000, 5_000, 10_000]
     labels = torch.cat([mnist.train.labels, mnist.val.labels])
     published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert labels.bincount().tolist() == published
     total = mnist.train.images.sum(dtype=float) + mnist.val.images.sum(dtype=float)
     assert total / (60_000 * 784) == pytest.approx(0.1307, abs=1e-4)
     validation = as_set(mnist.val.images)
-    assert validation == as_set(torch.cat([split.images for split in digits[1:]]))
+    assert validation == as_set(torch.cat([split.images for split in splits_of(digits)]))
     assert not validation & as_set(mnist.train.images)
     assert not validation & as_set(mnist.test.images)
 
@@ -234,13 +235,13 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path, mirrors):
 
 def test_the_5000_are_split_in_three_with_every_digit_alike(digits):
     assert digits.name == "mnist5k"
-    for split, per_digit in zip(digits[1:], (400, 50, 50), strict=True):
+    for split, per_digit in zip(splits_of(digits), (400, 50, 50), strict=True):
         check_split(split)
         assert split.labels.bincount().tolist() == [per_digit] * 10
         assert split.labels.diff().ne(0).float().mean() > 0.8, "they are sorted by their digits"
-    assert len(as_set(torch.cat([split.images for split in digits[1:]]))) == 5000
+    assert len(as_set(torch.cat([split.images for split in splits_of(digits)]))) == 5000
     again = utils.load_images("mnist5k")
-    for split, same in zip(digits[1:], again[1:], strict=True):
+    for split, same in zip(splits_of(digits), splits_of(again), strict=True):
         assert torch.equal(split.images, same.images)
         assert torch.equal(split.labels, same.labels)
 
@@ -269,7 +270,7 @@ def test_loading_leaves_the_callers_random_numbers_alone(root, source):
 def test_a_digit_is_left_out_of_every_split(digits):
     nine = utils.leave_out(digits, 0)
     assert nine.name == "mnist5k"
-    for whole, part in zip(digits[1:], nine[1:], strict=True):
+    for whole, part in zip(splits_of(digits), splits_of(nine), strict=True):
         keep = whole.labels != 0
         assert 0 not in part.labels
         assert torch.equal(part.labels, whole.labels[keep])

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import EDITED, ROOT
+from conftest import EDITED, ROOT, splits_of
 from scipy import ndimage
 
 import utils
@@ -43,7 +43,7 @@ def test_a_committed_reference_has_the_loss_that_was_measured(
     measured = json.loads((ROOT / "models_mnist/reference.json").read_text(encoding="utf-8"))
     expected = measured["test"][name]["0"]["validation loss"]
     assert model.metadata["val_loss"] == pytest.approx(expected, abs=1e-4)
-    validation = torch.cat([split.images for split in digits[1:]])
+    validation = torch.cat([split.images for split in splits_of(digits)])
     loss = utils.evaluate(model, validation, num_samples=1).loss
     assert loss == pytest.approx(expected, abs=0.3 if variational else 0.01), EDITED
 

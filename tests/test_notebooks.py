@@ -113,7 +113,8 @@ from IPython.core.interactiveshell import InteractiveShell
 import utils
 data = utils.load_images("mnist5k")
 sizes = (512, 100, 200)
-few = [utils.Split(split.images[:n], split.labels[:n]) for split, n in zip(data[1:], sizes)]
+splits = (data.train, data.val, data.test)
+few = [utils.Split(split.images[:n], split.labels[:n]) for split, n in zip(splits, sizes)]
 utils.load_images = lambda *_, **__: utils.Data("mnist5k", *few)
 class Shell(InteractiveShell):
     def enable_gui(self, gui=None):
