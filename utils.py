@@ -816,7 +816,7 @@ def _code_of(value):
         value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
         parts = _parts_of(value)
         text = type(value).__name__ if parts else repr(value)
-        told.append(re.sub(" at 0x[0-9A-Fa-f]+", "", text))
+        told.append(re.sub(" at 0x[0-9A-Fa-f]+| from '.+'", "", text))  # what differs elsewhere
         if id(value) not in seen:
             seen[id(value)] = value
             waiting += parts
@@ -831,69 +831,54 @@ def _parts_of(value):
         return sorted(value, key=repr)
     if isinstance(value, dict):
         return list(value.items())
-    if isinstance(value, types.ModuleType):
-        return [value.__name__]
     if isinstance(value, Tensor):
         return [value.requires_grad, _digest({"": value})]
     if isinstance(value, np.ndarray):
-        return [str(value.dtype), value.shape, value.tobytes()]
+        return [value.shape, value.tobytes()]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
-    if isinstance(value, property):
-        return [value.fget]
     if isinstance(value, nn.Module):
-        not_code = {*vars(nn.Module()), "metadata"}  # hooks and the like
-        own = {name: member for name, member in vars(value).items() if name not in not_code}
-        tensors = [*value.parameters(recurse=False), *value.buffers(recurse=False)]
-        return [type(value), own, *value.children(), *tensors]
-    if _is_installed(getattr(value, "__module__", None) or "builtins"):
+        not_code = {"metadata": None, "training": None}
+        return [type(value), {**vars(value), **not_code}]
+    home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
+    if _is_installed(home):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
-    if isinstance(value, type):
+    if isinstance(value, type | types.ModuleType):
         members = {
             name: member
             for name, member in vars(value).items()
             if callable(member) or not name.startswith("__")  # __doc__, __firstlineno__
         }
-        return [value.__bases__, members]
-    return [type(value), getattr(value, "__dict__", None)]
+        return [getattr(value, "__bases__", ()), members]
+    return [type(value), vars(value)] if hasattr(value, "__dict__") else []
 
 
 def _parts_of_function(function):
     """What a function uses: its bytecode, globals, variables of outer functions and defaults."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     parts = [function.__defaults__, function.__kwdefaults__, cells]
-    modules = []  # of one's own: what is used of them counts
     codes = [function.__code__]
     for code in codes:
         for instruction in dis.get_instructions(code):
             argument = instruction.argval
-            if instruction.opname == "NOP":  # it stands for a line
-                continue
-            if instruction.argrepr.startswith("to "):  # a jump: layout may move where it goes to
-                argument = None
             if isinstance(argument, types.CodeType):  # a function in the function
                 codes.append(argument)
-                argument = None
-            parts += [instruction.opname, argument, instruction.is_jump_target]
+                continue
+            parts += [instruction.opname, argument]
             if instruction.opname == "LOAD_GLOBAL":
-                used = function.__globals__.get(argument)
-                parts.append(used)
-                if isinstance(used, types.ModuleType) and not _is_installed(used.__name__):
-                    modules.append(used)
-            if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                parts += [vars(module).get(argument) for module in modules]
+                parts.append(function.__globals__.get(argument))
     return parts
 
 
 def _is_installed(module_name):
     """Whether a module comes with Python or with a package."""
+    if module_name == "__main__":  # of a notebook; its file is that of a package's launcher
+        return False
     file = getattr(sys.modules.get(module_name), "__file__", None) or ""
-    in_package = "-packages" in file  # site-packages, or Debian's dist-packages
     in_python = module_name.split(".")[0] in sys.stdlib_module_names
-    # A notebook's __main__ has the file of its launcher, which is a package's.
-    return module_name != "__main__" and (in_package or in_python)
+    return in_python or "-packages" in file  # site-packages, or Debian's dist-packages
 
 
 # ---------------------------------------- Checkpoints ----------------------------------------
