@@ -66,8 +66,6 @@ from torchvision.datasets.utils import check_md5
 from torchvision.transforms.functional import InterpolationMode, crop, erase, rotate
 from tqdm import tqdm
 
-MAX_SEED = 2**32 - 1
-
 
 def seed_everything(seed):
     """Seed Python, NumPy and torch, and let cuDNN take deterministic algorithms in full float32.
@@ -75,7 +73,6 @@ def seed_everything(seed):
     On one machine with one number of threads a run on the CPU then repeats bit for bit. On CUDA
     and MPS the weights, the order of the images and the noise repeat; sums may round differently.
     """
-    _integer(seed, "seed", 0, MAX_SEED)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -84,11 +81,9 @@ def seed_everything(seed):
 
 
 def pick_device():
-    """The accelerator (CUDA, then Apple's MPS) if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
+    """The accelerator, such as CUDA or Apple's MPS, if there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
     return torch.device("cpu")
 
 
@@ -150,14 +145,13 @@ def leave_out(data, digit):
     """The data without one digit, 0 to 9, in any of the splits; all of it for None."""
     if digit is None:
         return data
-    _integer(digit, "the digit to leave out", 0, 9)
     splits = [split.take(split.labels != digit) for split in (data.train, data.val, data.test)]
     return Data(data.name, *splits)
 
 
 def _mnist(root):
     """MNIST by torchvision, which downloads the files that are missing."""
-    raw = root / "MNIST" / "raw"
+    raw = root / "MNIST/raw"
     for name, md5 in MNIST_FILES.items():
         file = raw / name
         if file.exists() and not check_md5(file, md5):
@@ -238,8 +232,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x):
-        mu, logvar = self.dense(self.conv(x)).chunk(2, dim=1)  # (B, 2D) -> (B, D), (B, D)
-        return mu, logvar
+        return self.dense(self.conv(x)).chunk(2, dim=1)  # (B, 2D) -> (B, D), (B, D)
 
 
 class Decoder(nn.Module):
@@ -283,13 +276,12 @@ def reparameterize(mu, logvar, generator=None):
 
 def _seeded(seed):
     """A generator of random numbers on the CPU, so that they are the same for every device."""
-    _integer(seed, "seed", 0, MAX_SEED)
     return torch.Generator().manual_seed(seed)
 
 
 def _standard_normal(shape, generator, device):
     """Noise drawn where the generator lives, so that a CPU generator repeats on any device."""
-    drawn_on = device if generator is None else generator.device
+    drawn_on = getattr(generator, "device", device)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=drawn_on)
     return noise.to(device)
 
@@ -354,7 +346,6 @@ class VAE(nn.Module):
 
         A plain autoencoder was never taught that prior: its samples are seldom digits.
         """
-        _integer(n, "n", 1)
         return self.decode_images(_standard_normal((n, self.latent_dim), generator, "cpu"))
 
     @torch.no_grad()
@@ -408,9 +399,8 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
     outside [0, 1].
     """
     _check_images(x, "x")
-    _number(beta, "beta", 0)
     if logvar is not None and logvar.shape != mu.shape:
-        raise ValueError(f"mu {tuple(mu.shape)} and logvar {tuple(logvar.shape)} differ in shape")
+        raise ValueError(f"mu {mu.shape} and logvar {logvar.shape} differ in shape")
     bce = bce_per_image(logits, x).mean()
     kl = kl_per_dimension(mu, logvar).sum(1).mean()
     return Loss(bce + beta * kl, bce, kl)
@@ -538,21 +528,19 @@ def fit(
     _check_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError("the model was made under torch.inference_mode: make it outside of it")
     _check_images(train_images, "train_images")
     _check_images(val_images, "val_images")
-    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as it will be read
     settings = {
         "epochs": _integer(epochs, "epochs", 1),
         "batch_size": _integer(batch_size, "batch_size", 1),
         "learning_rate": _number(learning_rate, "learning_rate", 1e-12),
         "beta": _number(beta, "beta", 0),
-        "seed": _integer(seed, "seed", 0, MAX_SEED),
+        "seed": _integer(seed, "seed", 0),
     }
+    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as it will be read
     path = None
     if checkpoint is not None:
-        path = _path_to_write(checkpoint)
+        path = Path(checkpoint).expanduser()
         _pack(model, metadata)  # what cannot be saved is refused before any work
         settings |= {
             "images": _digest({"training": train_images, "validation": val_images}),
@@ -575,20 +563,20 @@ def fit(
                 started = time.perf_counter()
                 train = _train_epoch(model, optimizer, average, images, settings, objective, epoch)
                 val = evaluate(average.module, val_images, num_samples=1, beta=beta)
-                history.append(_row(epoch, train, val, settings, started))
-                _say(_format_row(history[-1], settings))
+                row = _row(epoch, train, val, settings, started)
+                history.append(row)
+                print(_format_row(row, settings))
                 best_row = min(history, key=lambda row: row["val_loss"])
                 if best_row["epoch"] == epoch:
                     best.load_state_dict(average.module.state_dict())
-                about = {"settings": settings, "history": history.copy()}
-                best.metadata = {**metadata, **best_row, **about}
+                best.metadata = metadata | best_row | {"settings": settings, "history": history}
                 if path:
                     if not saved:  # until now another run's files have stayed in their place
                         _set_aside(path, settings)
                     _save_run(path, parts, is_finished=epoch == epochs)
                     saved = epoch
                 if on_epoch:
-                    on_epoch(copy.deepcopy(average.module).eval(), dict(history[-1]))
+                    on_epoch(copy.deepcopy(average.module).eval(), dict(row))
         except BaseException as error:
             model.load_state_dict(came_with)
             model.zero_grad()
@@ -607,31 +595,33 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
     seed = settings["seed"] * 100_003 + epoch  # another one for every seed and epoch
     noise = torch.Generator(images.device).manual_seed(seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=_seeded(seed))
     batches = order.to(images.device).split(settings["batch_size"])
     name = f"epoch {epoch}/{settings['epochs']}"
     losses = []  # moved to the CPU once, after the last step
     model.train()
-    done = (epoch - 1) * len(batches)
-    total = settings["epochs"] * len(batches)
-    with torch.random.fork_rng(), _progress_bar(batches, name, done, total) as bar:
+    bar = _progress_bar(
+        batches,
+        name,
+        done=(epoch - 1) * len(batches),
+        total=settings["epochs"] * len(batches),
+    )
+    with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)  # what draws without a generator, such as dropout
         for step, rows in enumerate(bar):
             progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
             for group in optimizer.param_groups:
                 # This overwrites the rate of a torch scheduler: edit `learning_rate_at` instead.
                 group["lr"] = learning_rate_at(progress, settings["learning_rate"])
-            loss = train_step(
-                model, images[rows], optimizer, objective, noise, settings["beta"], progress
-            )
-            losses.append(len(rows) * torch.stack(loss).detach())
+            x = images[rows]
+            loss = train_step(model, x, optimizer, objective, noise, settings["beta"], progress)
+            losses.append(len(x) * torch.stack(loss).detach())
             if (step + 1) % _averaging_interval(len(batches)) == 0:
                 average.update_parameters(model)
-                state = f"batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
-                bar.set_description_str(f"{name}, {state}", refresh=False)
+                state = f"{name}, batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
+                bar.set_description_str(state, refresh=False)
     summed = torch.stack(losses).cpu().double().sum(0)
-    means = summed / len(images)  # every image weighted the same, in the last batch, too
-    return Loss(*means.tolist())
+    return Loss(*(summed / len(images)).tolist())  # every image weighs the same
 
 
 def _running_average(model, steps):
@@ -654,12 +644,17 @@ def _row(epoch, train, val, settings, started):
         raise FloatingPointError(
             f"The loss is not finite at epoch {epoch}: try a lower learning rate."
         )
-    rate = learning_rate_at((epoch - 1) / settings["epochs"], settings["learning_rate"])
     return {
         "epoch": epoch,
-        **{f"train_{name}": value for name, value in train._asdict().items()},
-        **{f"val_{name}": value for name, value in val._asdict().items()},
-        "learning_rate": rate,
+        "train_loss": train.loss,
+        "train_bce": train.bce,
+        "train_kl": train.kl,
+        "val_loss": val.loss,
+        "val_bce": val.bce,
+        "val_kl": val.kl,
+        "learning_rate": learning_rate_at(
+            (epoch - 1) / settings["epochs"], settings["learning_rate"]
+        ),
         "seconds": time.perf_counter() - started,
     }
 
@@ -667,17 +662,11 @@ def _row(epoch, train, val, settings, started):
 def _format_row(row, settings):
     beta = settings["beta"]
     times_beta = "" if beta == 1 else f"{beta:g} x "
-    return (
-        f"epoch {row['epoch']:2d}/{settings['epochs']}   training {row['train_loss']:7.2f}   "
-        f"validation {row['val_loss']:7.2f} = BCE {row['val_bce']:6.2f} + "
-        f"{times_beta}KL {row['val_kl']:5.2f} nats   {row['seconds']:5.1f} s"
+    text = (
+        "epoch {epoch:2d}/{epochs}   training {train_loss:7.2f}   validation {val_loss:7.2f} = "
+        "BCE {val_bce:6.2f} + {times_beta}KL {val_kl:5.2f} nats   {seconds:5.1f} s"
     )
-
-
-def _say(text):
-    """Print a line, with escapes for what the terminal cannot show."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return text.format(epochs=settings["epochs"], times_beta=times_beta, **row)
 
 
 def _progress_bar(steps, name, done=0, total=None, delay=0):
@@ -695,7 +684,6 @@ def _progress_bar(steps, name, done=0, total=None, delay=0):
         file=sys.stdout if in_notebook else sys.stderr,
         disable=not (in_notebook or in_terminal),
         delay=delay,
-        mininterval=0.5,
         leave=False,
         bar_format="{desc} |{bar:20}| {percentage:.0f} %, {remaining} left",
     )
@@ -716,20 +704,14 @@ def _restore(path, resume, settings, parts):
     state = _read_run(path)
     known = state["metadata"]
     history = known.get("history", [])
-    is_finished = len(history) == settings["epochs"]
-    can_go_on = is_finished or "model" in state
+    can_go_on = "model" in state or len(history) == settings["epochs"]
     if not resume or not can_go_on or known.get("settings") != settings:
         return []
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state[name])
     parts["best"].metadata = known
-    for row in history:
-        _say(_format_row(row, settings))
-    if is_finished:
-        _say(f"{path} holds this run, finished: it is not trained again")
-    else:
-        _say(f"going on after epoch {len(history)} from {_unfinished(path)}")
-    return history.copy()
+    print(f"{path.name} holds epochs 1 to {len(history)} of this run: they are not trained again")
+    return history
 
 
 def _save_run(path, parts, is_finished):
@@ -750,35 +732,28 @@ def _save_run(path, parts, is_finished):
 
 
 def _unfinished(path):
-    """vae_mnist_best.safetensors -> vae_mnist_best.unfinished"""
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.unfinished")
+    return Path(f"{path}.unfinished")
 
 
 def _read_run(path):
     """What the files of a run hold: its metadata, and the states of its parts.
 
-    The model's file holds the best model alone, the .unfinished file all parts. If another model
-    has been saved in its place, that one counts.
+    The model's file holds the best model alone, the .unfinished file all parts.
     """
-    state = {"metadata": {}}
-    if path.exists():
-        header, tensors = _read_checkpoint(path)
-        state = {"metadata": header["metadata"], "best": tensors}
     unfinished = _unfinished(path)
     if unfinished.exists():
         try:
             run = torch.load(unfinished, map_location="cpu", weights_only=True)
-            settings = run["metadata"]["settings"]
-        except MemoryError:
-            raise
+            return {"metadata": run["metadata"], **run}
         except Exception as error:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
                 f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
                 "anew"
             ) from None
-        if not path.exists() or state["metadata"].get("settings") == settings:
-            return run
-    return state
+    if path.exists():
+        header, tensors = _read_checkpoint(path)
+        return {"metadata": header["metadata"], "best": tensors}
+    return {"metadata": {}}
 
 
 def _set_aside(path, settings):
@@ -788,15 +763,15 @@ def _set_aside(path, settings):
         return
     for number in itertools.count(1):
         aside = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        if not aside.exists() and not _unfinished(aside).exists():
+        if not aside.exists():
             break
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
-            old.rename(new)
-    old_settings = known.get("settings", {})
-    changed = [name for name, value in settings.items() if old_settings.get(name) != value]
-    difference = f"{', '.join(changed)} changed" if changed else "with the same settings"
-    _say(f"{path} held another run ({difference}), which is now {aside.name}")
+            old.replace(new)
+    before = known.get("settings", {})
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    difference = ", ".join(changed) or "nothing"
+    print(f"{path.name} held another run ({difference} changed), which is now {aside.name}")
 
 
 # ------------------------------------ The code of a run ------------------------------------
@@ -833,26 +808,20 @@ def _parts_of(value):
         return list(value.items())
     if isinstance(value, Tensor):
         return [value.requires_grad, _digest({"": value})]
-    if isinstance(value, np.ndarray):
-        return [value.shape, value.tobytes()]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
-    if isinstance(value, nn.Module):
-        not_code = {"metadata": None, "training": None}
-        return [type(value), {**vars(value), **not_code}]
+    is_network = isinstance(value, nn.Module)
     home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
-    if _is_installed(home):
+    if not hasattr(value, "__dict__") or (_is_installed(home) and not is_network):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
-    if isinstance(value, type | types.ModuleType):
-        members = {
-            name: member
-            for name, member in vars(value).items()
-            if callable(member) or not name.startswith("__")  # __doc__, __firstlineno__
-        }
-        return [getattr(value, "__bases__", ()), members]
-    return [type(value), vars(value)] if hasattr(value, "__dict__") else []
+    members = {
+        name: member
+        for name, member in vars(value).items()
+        if name not in ("metadata", "training") and (callable(member) or name[:2] != "__")
+    }
+    return [type(value), getattr(value, "__bases__", ()), members]
 
 
 def _parts_of_function(function):
@@ -886,28 +855,26 @@ def _is_installed(module_name):
 # A checkpoint is a safetensors file. Its metadata hold one JSON text, which tells how to rebuild
 # the model, what the network does and what is known of it, and the SHA-256 of that text and of all
 # tensors.
-FORMAT = 4  # increase it when an older file can no longer be read
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, foreign, does not fit, or cannot be read or written."""
 
 
-def save_checkpoint(path, model, *, allow_reference=False, **metadata):
+def save_checkpoint(path, model, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
-    `metadata` (plain Python values) are added to the model's own in the file. A file named
-    `*_reference` is written only with `allow_reference=True`.
-    Raises TypeError or ValueError for a bad path or for metadata that JSON cannot hold, OSError if
-    the folder cannot be written. Raises CheckpointError if the file cannot be written, is in use,
-    or could not be loaded again (NaN, a class that cannot be built from latent_dim and variational
-    alone). The previous file then stays.
+    `metadata` (plain Python values) are added to the model's own in the file. Raises TypeError or
+    ValueError for metadata that JSON cannot hold, OSError if the file cannot be written. Raises
+    CheckpointError if it is in use or could not be loaded again (NaN, a class that cannot be built
+    from latent_dim and variational alone). The previous file then stays.
     """
-    path = _path_to_write(path, allow_reference)
+    path = Path(path).expanduser()
     _check_model(model)
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
     with _lock(path):
         _write(path, content)
+        _unfinished(path).unlink(missing_ok=True)  # it is no longer this model's
 
 
 @torch.inference_mode(False)
@@ -921,19 +888,11 @@ def load_checkpoint(path, device="cpu", model_class=VAE):
     """
     path = Path(path).expanduser()
     header, tensors = _read_checkpoint(path)
-    saved_class = header["metadata"]["model_class"]
-    if saved_class != model_class.__name__:
-        raise CheckpointError(
-            f"{path} holds a model of the class {saved_class}, not {model_class.__name__}: pass "
-            "that class as model_class"
-        )
-    model = _rebuild(
-        model_class,
-        header,
-        tensors,
+    complaint = (
         f"{path} was trained by another network than the code has now: train again, or undo the "
-        "edit",
+        "edit"
     )
+    model = _rebuild(model_class, header, tensors, complaint)
     return model.to(device).eval()
 
 
@@ -968,7 +927,7 @@ def load_best(folder, data_name, variational=True, device="cpu"):
         try:
             return _load_as_named(own, "your own", data_name, variational, device)
         except CheckpointError as error:
-            _say(f"Left out: {error}")
+            print(f"Left out: {error}")
     reference = checkpoint_path(folder, "mnist", variational, which="reference")
     return _load_as_named(reference, "the reference", "mnist", variational, device)
 
@@ -981,22 +940,14 @@ def _load_as_named(path, whose, data_name, variational, device):
     found = {name: known.get(name) for name in expected}
     if found != expected:
         raise CheckpointError(f"{path} is not what its name says: {found}")
-    beta = known.get("settings", {}).get("beta", 1)
-    _say(
-        f"{path}: {whose}, {known['latent_dim']} latent dimensions, beta {beta:g}, epoch "
-        f"{known.get('epoch')} of {len(known.get('history', []))}, validation loss "
-        f"{known.get('val_loss', math.nan):.2f} nats, saved {known['saved']}"
+    defaults = {"settings": {"beta": 1}, "history": [], "epoch": None, "val_loss": math.nan}
+    text = (
+        "{latent_dim} latent dimensions, beta {settings[beta]:g}, epoch {epoch} of {epochs}, "
+        "validation loss {val_loss:.2f} nats, saved {saved}"
     )
+    known = {**defaults, **known}
+    print(f"{path.name}: {whose}, {text.format(epochs=len(known['history']), **known)}")
     return model
-
-
-def _path_to_write(name, allow_reference=False):
-    path = Path(name).expanduser()
-    if path.stem.endswith("_reference") and not allow_reference:
-        raise ValueError(f"{path} is a reference checkpoint, which no run writes: use another name")
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"{path} is a link to a file that does not exist")
-    return path
 
 
 def _digest(tensors, text=""):
@@ -1017,14 +968,13 @@ def _pack(model, metadata):
     on_cpu = copy.deepcopy(model).cpu()
     tensors = {name: tensor.contiguous() for name, tensor in on_cpu.state_dict().items()}
     header = {
-        "format": FORMAT,
         "behaviour": _behaviour(on_cpu),
         "metadata": {
             **metadata,
             "model_class": type(model).__name__,
             "latent_dim": getattr(model, "latent_dim", None),
             "variational": getattr(model, "variational", None),
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "saved": time.strftime("%Y-%m-%d %H:%M"),
         },
     }
@@ -1041,32 +991,24 @@ def _pack(model, metadata):
 
 def _read_checkpoint(path):
     """The header and the tensors that `_pack` put into a file."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no checkpoint at {path}; vae_mnist_training.ipynb makes one"
-        )
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-        header_bytes = int.from_bytes(content[:8], "little")
-        written = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
-        header = json.loads(written["json"])
+        with safetensors.safe_open(path, "torch") as file:
+            written = file.metadata()
         if written["sha256"] != _digest(tensors, written["json"]):
             raise ValueError("its content is not what was written")
-        if header["format"] != FORMAT:
-            raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-        return header, tensors
-    except MemoryError:
-        raise
+        return json.loads(written["json"]), tensors
     except Exception as error:  # whatever a reader stumbles over, the file is at fault
-        reason = str(error)[:150]
-        raise CheckpointError(f"{path} is no sound checkpoint of this project ({reason})") from None
+        raise CheckpointError(f"{path} is no sound checkpoint of this project ({error})") from None
 
 
 def _rebuild(model_class, header, tensors, complaint):
     """The model of a checkpoint on the CPU; CheckpointError unless it does what was saved."""
     known = header["metadata"]
     try:
+        if model_class.__name__ != known["model_class"]:
+            raise ValueError(f"its class is {known['model_class']}: pass it as model_class")
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = model_class(latent_dim=known["latent_dim"], variational=known["variational"])
         model.float()  # whatever torch's default is
@@ -1082,25 +1024,19 @@ def _rebuild(model_class, header, tensors, complaint):
 
 @torch.no_grad()
 def _behaviour(model):
-    """What a network makes of one fixed image: the mean squares of mu, logits and logvar.
-
-    CheckpointError unless they are finite.
-    """
+    """What a network makes of one fixed image: the mean squares of mu, logits and logvar."""
     x = torch.linspace(0, 1, 784, dtype=torch.float32, device="cpu").view(1, 1, 28, 28)
     with _evaluating(model):
         mu, logvar = model.encode(x)
         logits = model.decode(mu)
-    outputs = [mu, logits] if logvar is None else [mu, logits, logvar]
-    found = [float(output.square().mean()) for output in outputs]
-    if not math.isfinite(sum(found)):
-        raise CheckpointError("the model computes NaN or infinity: it is not saved")
-    return found
+    outputs = (mu, logits, logvar)
+    return [float(output.square().mean()) for output in outputs if output is not None]
 
 
 def _write(path, content):
     """Write a file beside `path`, flush it to disk, then move it over `path` in a single step.
 
-    CheckpointError if that fails; the previous file is then unchanged.
+    If that fails, the previous file is unchanged.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -1109,26 +1045,20 @@ def _write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}).") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
 def _lock(path):
-    """Let one process at a time use `path`. If it is killed, the system frees the lock.
+    """Lets one process at a time write to `path`; filelock.Timeout says that another one does.
 
-    CheckpointError if another process holds it, OSError if its folder cannot be written.
+    If it is killed, the system frees the lock. OSError if the folder cannot be written, ValueError
+    for a reference, which comes with the clone.
     """
+    if path.stem.endswith("_reference"):
+        raise ValueError(f"{path} is a reference checkpoint: use another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
-            yield
-    except filelock.Timeout:
-        raise CheckpointError(
-            f"another process is using {path}: wait for it, or use another name"
-        ) from None
+    return filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
 
 
 # ---------------------------------------- Evaluation ----------------------------------------
@@ -1167,8 +1097,6 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     _integer(num_samples, "num_samples", 1)
     generator = _seeded(seed)
     mu, logvar = posterior(model, images)
-    if logvar is None:
-        num_samples = 1  # all are mu
     bces = []
     for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
         z = reparameterize(mu, logvar, generator)
@@ -1183,12 +1111,10 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
 
     See `loss_per_image`.
     """
-    _number(beta, "beta", 0)
     per_image = loss_per_image(model, images, num_samples, seed)
     bce = float(per_image.bce.mean())
     kl = float(per_image.kl.mean())
-    loss = bce + beta * kl
-    return Loss(loss, bce, kl)
+    return Loss(bce + beta * kl, bce, kl)
 
 
 def log_likelihood(model, images, num_samples=500, seed=0):
@@ -1216,19 +1142,10 @@ def log_likelihood(model, images, num_samples=500, seed=0):
 
 
 def interpolate(start, end, steps):
-    """`steps` codes from start to end, both (D,), along the arc between them: -> (steps, D).
-
-    Spherical interpolation (Shoemake, 1985): a straight line would cut through the middle, where
-    the prior N(0, I) has next to no mass in many dimensions. Codes on one line through the origin
-    are joined by that line.
-    """
+    """`steps` codes in a straight line from start to end, both (D,): -> (steps, D)."""
     _integer(steps, "steps", 2)
-    t = torch.linspace(0, 1, steps, device=start.device)
-    weights = torch.stack([1 - t, t], dim=1)  # (steps, 2)
-    angle = F.cosine_similarity(start, end, dim=0).clamp(-1, 1).acos()
-    if angle.sin() > 1e-3:  # float32 resolves an angle near 0 or pi no better
-        weights = (weights * angle).sin() / angle.sin()
-    return weights @ torch.stack([start, end])
+    share = torch.linspace(0, 1, steps, device=start.device)[:, None]
+    return (1 - share) * start + share * end
 
 
 def fit_mixture(model, images, num_components=50, seed=0):
@@ -1258,9 +1175,7 @@ def _salt_and_pepper(x, share, generator):
 
 def _occlusion(x, side, generator):
     side = round(side)
-    free = max(20 - side, 0)  # how far the square can move within the middle 20x20 pixels
-    first = min(4, (28 - side) // 2)
-    tops, lefts = first + torch.randint(free + 1, (2, len(x)), generator=generator)
+    tops, lefts = 4 + torch.randint(21 - side, (2, len(x)), generator=generator)  # the middle 20x20
     places = zip(x, tops, lefts, strict=True)
     return torch.stack([erase(image, top, left, side, side, 0) for image, top, left in places])
 
@@ -1276,35 +1191,32 @@ def _dimming(x, share, generator):
 
 def _rotation(x, degrees, generator):
     left = torch.randint(2, (len(x), 1, 1, 1), generator=generator).bool()
-    turned_left = rotate(x, degrees, InterpolationMode.BILINEAR)
-    turned_right = rotate(x, -degrees, InterpolationMode.BILINEAR)
-    return torch.where(left, turned_left, turned_right)
+    bilinear = InterpolationMode.BILINEAR
+    return torch.where(left, rotate(x, degrees, bilinear), rotate(x, -degrees, bilinear))
 
 
 class Corruption(NamedTuple):
     """`apply(images, level, generator)` returns corrupted images.
 
-    `unit` and `largest` describe the level; `levels` are four, from mild to severe.
+    `unit` is that of the level; `levels` are four, from mild to severe.
     """
 
     apply: Callable
     unit: str
-    largest: float
     levels: tuple
 
 
 CORRUPTIONS = {
-    "noise": Corruption(_noise, "standard deviation, grey values", 1.0, (0.1, 0.2, 0.3, 0.5)),
+    "noise": Corruption(_noise, "standard deviation, grey values", (0.1, 0.2, 0.3, 0.5)),
     "salt and pepper": Corruption(
         _salt_and_pepper,
         "share of the pixels turned black or white",
-        1.0,
         (0.02, 0.05, 0.1, 0.2),
     ),
-    "occlusion": Corruption(_occlusion, "side of a black square, pixels", 28.0, (4, 8, 12, 16)),
-    "blur": Corruption(_blur, "standard deviation, pixels", 5.0, (0.5, 1.0, 1.5, 2.0)),
-    "dimming": Corruption(_dimming, "share of the brightness lost", 1.0, (0.2, 0.4, 0.6, 0.8)),
-    "rotation": Corruption(_rotation, "degrees, to either side", 180.0, (10, 20, 30, 45)),
+    "occlusion": Corruption(_occlusion, "side of a black square, pixels", (4, 8, 12, 16)),
+    "blur": Corruption(_blur, "standard deviation, pixels", (0.5, 1.0, 1.5, 2.0)),
+    "dimming": Corruption(_dimming, "share of the brightness lost", (0.2, 0.4, 0.6, 0.8)),
+    "rotation": Corruption(_rotation, "degrees, to either side", (10, 20, 30, 45)),
 }
 
 
@@ -1312,14 +1224,13 @@ def corrupt(images, kind, level, seed=0):
     """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; level 0 does nothing.
 
     `seed` decides all that is random. Raises ValueError for a kind that is not in CORRUPTIONS, or
-    for a level outside 0 to the largest there.
+    for a level below 0.
     """
     _check_images(images)
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind must be one of {list(CORRUPTIONS)}, not {kind!r}")
-    corruption = CORRUPTIONS[kind]
-    _number(level, "level", 0, corruption.largest)
-    corrupted = corruption.apply(images.cpu(), level, _seeded(seed))
+    _number(level, "level", 0)
+    corrupted = CORRUPTIONS[kind].apply(images.cpu(), level, _seeded(seed))
     return corrupted.clamp(0, 1).to(images.device)
 
 
@@ -1355,32 +1266,31 @@ def anomaly_score(model, images):
 def reconstruction_score(rebuilt, images):
     """`anomaly_score` of images for given reconstructions, both (N, 1, 28, 28).
 
-    The largest difference in the ink of any 7x7 window over the square root of the image's ink: the
-    same error weighs more where there is less to reconstruct. It was the best of the scores that
-    `python tests/measure.py scores` compares on validation images.
+    The largest difference in the ink of any 7x7 window over the square root of the image's ink.
+    In a window noise cancels and a stroke does not; the same error weighs more where there is less
+    to reconstruct. It was the best of the scores that `python tests/measure.py scores` compares on
+    validation images.
     """
+    mean = F.avg_pool2d(_difference(images, rebuilt), 7, stride=1)  # (N, 1, 22, 22)
+    largest = 49 * mean.abs().flatten(1).amax(1).double()
     ink = images.flatten(1).sum(1).cpu().double()
-    return window_error(rebuilt, images) / (1 + ink).sqrt()
-
-
-def window_error(rebuilt, images):
-    """The largest difference in the ink of any 7x7 window, (N,), in pixels.
-
-    Noise cancels there; a stroke does not.
-    """
-    _check_pair(rebuilt, images)
-    mean = F.avg_pool2d(images.cpu() - rebuilt.cpu(), 7, stride=1)  # (N, 1, 22, 22)
-    return 49 * mean.abs().flatten(1).amax(1).double()
+    return largest / (1 + ink).sqrt()
 
 
 def squared_error(images, originals):
     """Squared difference summed over the pixels of an image: (N,) float32 on the CPU."""
-    _check_pair(images, originals)
-    return (images.cpu() - originals.cpu()).square().flatten(1).sum(1)
+    return _difference(images, originals).square().flatten(1).sum(1)
+
+
+def _difference(images, originals):
+    if images.shape != originals.shape:
+        raise ValueError(f"shapes to compare differ: {images.shape} and {originals.shape}")
+    return images.cpu() - originals.cpu()
 
 
 # ---------------------------------------- Own digit ----------------------------------------
 
+Image.MAX_IMAGE_PIXELS = 400_000_000  # beyond it Pillow warns, beyond twice as many it refuses
 MARGIN = 4  # pixels of paper around a page of 280, for a digit that reaches the border
 
 
@@ -1411,19 +1321,14 @@ def read_digit(path):
 
 def _open_picture(path):
     """The picture in a file, upright: grey and alpha ("LA"), its longer side 280 pixels."""
-    if not os.path.isfile(path):  # False, too, in a folder that may not be read
-        raise FileNotFoundError(f"there is no picture at {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of large pictures and of odd EXIF data
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file)
-        if max(picture.size) > 280 * min(picture.size):
-            raise ValueError("it is too narrow")
-        if picture.mode[0] in "IF":  # 16 or 32 bits
-            values = np.asarray(picture, float)
-            picture = Image.fromarray(255 * values / values.max().clip(1e-9))
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # 16 bits
+            picture = picture.point(lambda value: value / 256)
         return ImageOps.contain(picture.convert("LA"), (280, 280))
+    except FileNotFoundError:
+        raise
     except Exception as error:  # whatever Pillow stumbles over
         reason = str(error).replace(str(path), path.name)
         raise ValueError(f"{path.name} cannot be read; save it as JPEG or PNG ({reason})") from None
@@ -1433,7 +1338,7 @@ def _greys(picture):
     """The greys of an "LA" picture, (h, w) in [0, 1], without transparency."""
     grey, alpha = np.moveaxis(np.asarray(picture), 2, 0) / 255  # (h, w, 2) -> (h, w) each
     # What is transparent becomes white if the ink is dark, else black.
-    ground = 1.0 if (alpha * (grey - 0.5)).sum() < 0 else 0.0
+    ground = float((alpha * (grey - 0.5)).sum() < 0)
     return alpha * grey + (1 - alpha) * ground
 
 
@@ -1562,9 +1467,8 @@ def _like_mnist(ink, contrast):
     size = [max(1, round(side * scale)) for side in cropped.shape]
     ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
-    row, column = ndimage.center_of_mass(ink[0].numpy())
-    top = min(max(round(14 - row), 0), 28 - size[0])
-    left = min(max(round(14 - column), 0), 28 - size[1])
+    centre = np.array(ndimage.center_of_mass(ink[0].numpy()))
+    top, left = np.clip(np.round(14 - centre), 0, 28 - np.array(size)).astype(int)
     return crop(ink, -top, -left, 28, 28)  # beyond its edges a crop is black
 
 
@@ -1573,16 +1477,14 @@ def _like_mnist(ink, contrast):
 COLORS = plt.color_sequences["petroff10"]  # for colour-blind readers, too (Petroff, 2021)
 
 
-def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
+def digits_grid(rows, row_labels=(), column_labels=(), size=0.75):
     """A labelled grid of digits: a list of rows (N, 1, 28, 28), which may differ in length.
 
     Images are drawn in grey from 0 to 1. A row of differences, with more than 1 % of its pixels
     below 0, is drawn from -1 in red to 1 in blue. NaN is drawn as nothing. `size` is that of a
     digit, in inches.
     """
-    if not rows or any(row.ndim != 4 or len(row) == 0 for row in rows):
-        raise ValueError("a grid needs at least one row, and a row at least one (1, 28, 28) image")
-    columns = max(len(row) for row in rows)
+    columns = max(map(len, rows))
     figsize = (size * columns + 1, size * len(rows) + 0.3)
     figure, ax = plt.subplots(figsize=figsize, layout="constrained")
     for i, row in enumerate(rows):
@@ -1593,8 +1495,8 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
         place = (0, len(row), i + 1, i)  # left, right, bottom, top
         ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
     font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
-    ax.set_xticks(np.arange(columns) + 0.5, column_labels or [""] * columns, fontsize=font)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, row_labels or [""] * len(rows), fontsize=font)
+    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels, fontsize=font)
+    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels, fontsize=font)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     ax.set(xlim=(0, columns), ylim=(len(rows), 0), frame_on=False)
     return figure
@@ -1603,44 +1505,31 @@ def digits_grid(rows, row_labels=None, column_labels=None, size=0.75):
 # ---------------------------------- Checks of arguments ----------------------------------
 
 
-def _integer(value, name, low, high=None):
-    """The value as a plain int; TypeError or ValueError unless it is an integer in [low, high]."""
-    return _number(value, name, low, high, Integral)
+def _integer(value, name, low):
+    """The value as a plain int; TypeError or ValueError unless it is an integer of at least low."""
+    return _number(value, name, low, kind=Integral)
 
 
-def _number(value, name, low, high=None, kind=Real):
-    """The value as a plain number; TypeError or ValueError unless it is one in [low, high]."""
-    check_scalar(value, name, kind, min_val=low, max_val=high)
-    if isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a number, not {value}")
+def _number(value, name, low, kind=Real):
+    """The value as a plain number; TypeError or ValueError unless it is finite and at least low."""
+    check_scalar(value, name, kind, min_val=low)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
     return np.asarray(value).item()
 
 
 def _check_model(model):
-    """TypeError unless a model can be evaluated here: encode and decode, in float32."""
     if not hasattr(model, "encode") or not hasattr(model, "decode"):
         raise TypeError(f"a model needs the methods encode and decode: {type(model).__name__}")
-    for p in model.parameters():
-        if p.dtype != torch.float32:
-            raise TypeError(
-                f"the model's weights must be torch.float32, not {p.dtype}: model.float()"
-            )
 
 
 def _check_images(images, name="images"):
     dtype = images.dtype if isinstance(images, Tensor) else type(images)
     if dtype != torch.float32:
         raise TypeError(f"{name} must be a torch.Tensor of float32, not of {dtype}")
-    shape = tuple(images.shape)
+    shape = images.shape
     if shape[1:] != (1, 28, 28) or shape[0] == 0:
         raise ValueError(f"{name} must have the shape (N, 1, 28, 28), N at least 1, not {shape}")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):  # false for NaN, too
         raise ValueError(f"{name} must lie in [0, 1], not from {low:g} to {high:g}")
-
-
-def _check_pair(images, originals):
-    _check_images(images, "the images to compare")
-    _check_images(originals, "the originals")
-    if images.shape != originals.shape:
-        raise ValueError(f"{len(images)} images cannot be compared with {len(originals)}")
