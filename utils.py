@@ -525,7 +525,6 @@ def fit(
     CheckpointError for a file that cannot be read or written, that this project did not write, or
     that another process is using; FloatingPointError if the loss stops being finite.
     """
-    _check_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
     _check_images(train_images, "train_images")
@@ -767,7 +766,7 @@ def _set_aside(path, settings):
             break
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
-            old.replace(new)
+            old.rename(new)
     before = known.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
     difference = ", ".join(changed) or "nothing"
@@ -865,12 +864,11 @@ def save_checkpoint(path, model, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
     `metadata` (plain Python values) are added to the model's own in the file. Raises TypeError or
-    ValueError for metadata that JSON cannot hold, OSError if the file cannot be written. Raises
-    CheckpointError if it is in use or could not be loaded again (NaN, a class that cannot be built
-    from latent_dim and variational alone). The previous file then stays.
+    ValueError for what JSON cannot hold, such as NaN; OSError if the folder cannot be written or
+    the file is in use; CheckpointError if the file cannot be written or could not be loaded again
+    (a class that latent_dim and variational do not build). The previous file then stays.
     """
     path = Path(path).expanduser()
-    _check_model(model)
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
     with _lock(path):
         _write(path, content)
@@ -1036,7 +1034,7 @@ def _behaviour(model):
 def _write(path, content):
     """Write a file beside `path`, flush it to disk, then move it over `path` in a single step.
 
-    If that fails, the previous file is unchanged.
+    CheckpointError if that fails; the previous file is then unchanged.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -1045,6 +1043,8 @@ def _write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error.strerror}).") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -1070,7 +1070,6 @@ def posterior(model, images):
 
     logvar is None for a plain autoencoder.
     """
-    _check_model(model)
     _check_images(images)
     with _evaluating(model):
         parts = [model.encode(x.to(_device(model))) for x in images.split(BATCH)]
@@ -1326,7 +1325,10 @@ def _open_picture(path):
             picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith("I"):  # 16 bits
             picture = picture.point(lambda value: value / 256)
-        return ImageOps.contain(picture.convert("LA"), (280, 280))
+        picture = ImageOps.contain(picture.convert("LA"), (280, 280))
+        if 0 in picture.size:
+            raise ValueError("it is too narrow")
+        return picture
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever Pillow stumbles over
@@ -1516,11 +1518,6 @@ def _number(value, name, low, kind=Real):
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
     return np.asarray(value).item()
-
-
-def _check_model(model):
-    if not hasattr(model, "encode") or not hasattr(model, "decode"):
-        raise TypeError(f"a model needs the methods encode and decode: {type(model).__name__}")
 
 
 def _check_images(images, name="images"):

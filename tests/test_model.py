@@ -35,11 +35,12 @@ def test_seed_everything_repeats_all_three_generators(monkeypatch):
     assert not torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("cuda, mps, picked", [(1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
-def test_an_accelerator_is_picked_if_there_is_one(monkeypatch, cuda, mps, picked):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert utils.pick_device().type == picked
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_is_picked_if_there_is_one(monkeypatch, there):
+    """A build of torch for CUDA names it even where there is none."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert utils.pick_device().type == ("cuda" if there else "cpu")
 
 
 # loss
@@ -224,14 +225,10 @@ CODES = torch.zeros(6, 4)
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda: utils.seed_everything(-1), "^seed "),
-        (lambda: utils.seed_everything(1.0), "^seed "),
+        (lambda: utils.seed_everything(-1), "Seed must be between"),
         (lambda: utils.VAE(0), "^latent_dim "),
         (lambda: utils.VAE("32"), "^latent_dim "),
         (lambda: utils.VAE(2, "false"), "^variational "),
-        (lambda: utils.VAE(4).sample(0), "^n "),
-        (lambda: utils.vae_loss(X, X, CODES, CODES, beta=-1), "^beta "),
-        (lambda: utils.vae_loss(X, X, CODES, CODES, beta=math.nan), "^beta "),
         (lambda: utils.vae_loss(X[:1], X, CODES, CODES), "size"),
         (lambda: utils.vae_loss(X, X, CODES, CODES[:, :1]), "differ in shape"),
     ],
