@@ -1113,7 +1113,7 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     per_image = loss_per_image(model, images, num_samples, seed)
     bce = float(per_image.bce.mean())
     kl = float(per_image.kl.mean())
-    return Loss(bce + beta * kl, bce, kl)
+    return Loss(beta * kl + bce, bce, kl)
 
 
 def log_likelihood(model, images, num_samples=500, seed=0):
