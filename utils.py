@@ -700,14 +700,13 @@ def _restore(path, resume, settings, parts):
 
     The history is empty for a new run. CheckpointError for a file that this project did not write.
     """
-    state = _read_run(path)
-    known = state["metadata"]
+    known, states = _read_run(path)
     history = known.get("history", [])
-    can_go_on = "model" in state or len(history) == settings["epochs"]
+    can_go_on = "model" in states or len(history) == settings["epochs"]
     if not resume or not can_go_on or known.get("settings") != settings:
         return []
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+    for name, state in states.items():
+        parts[name].load_state_dict(state)
     parts["best"].metadata = known
     print(f"{path.name} holds epochs 1 to {len(history)} of this run: they are not trained again")
     return history
@@ -721,9 +720,9 @@ def _save_run(path, parts, is_finished):
     """
     best = parts["best"]
     if not is_finished:
-        state = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
         buffer = io.BytesIO()
-        torch.save({**state, "metadata": best.metadata}, buffer)
+        torch.save({**states, "metadata": best.metadata}, buffer)
         _write(_unfinished(path), buffer.getvalue())
     _write(path, _pack(best, best.metadata))
     if is_finished:
@@ -735,15 +734,16 @@ def _unfinished(path):
 
 
 def _read_run(path):
-    """What the files of a run hold: its metadata, and the states of its parts.
+    """The metadata of a run and the states of its parts, as its files hold them.
 
-    The model's file holds the best model alone, the .unfinished file all parts.
+    The model's file holds the best model alone, the .unfinished file all parts. Both are empty
+    where there is no file.
     """
     unfinished = _unfinished(path)
     if unfinished.exists():
         try:
             run = torch.load(unfinished, map_location="cpu", weights_only=True)
-            return {"metadata": run["metadata"], **run}
+            return run.pop("metadata"), run
         except Exception as error:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
                 f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
@@ -751,13 +751,13 @@ def _read_run(path):
             ) from None
     if path.exists():
         header, tensors = _read_checkpoint(path)
-        return {"metadata": header["metadata"], "best": tensors}
-    return {"metadata": {}}
+        return header["metadata"], {"best": tensors}
+    return {}, {}
 
 
 def _set_aside(path, settings):
     """Rename the files of another run, model and state alike, and say what differs."""
-    known = _read_run(path)["metadata"]
+    known, _ = _read_run(path)
     if not known:
         return
     for number in itertools.count(1):
