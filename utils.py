@@ -596,28 +596,26 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=_seeded(seed))
     batches = order.to(images.device).split(settings["batch_size"])
-    name = f"epoch {epoch}/{settings['epochs']}"
+    steps = len(batches)
+    epochs = settings["epochs"]
+    name = f"epoch {epoch}/{epochs}"
     losses = []  # moved to the CPU once, after the last step
     model.train()
-    bar = _progress_bar(
-        batches,
-        name,
-        done=(epoch - 1) * len(batches),
-        total=settings["epochs"] * len(batches),
-    )
+    # The bar is that of the whole run.
+    bar = _progress_bar(batches, name, initial=(epoch - 1) * steps, total=epochs * steps)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)  # what draws without a generator, such as dropout
         for step, rows in enumerate(bar):
-            progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
+            progress = (epoch - 1 + step / steps) / epochs
             for group in optimizer.param_groups:
                 # This overwrites the rate of a torch scheduler: edit `learning_rate_at` instead.
                 group["lr"] = learning_rate_at(progress, settings["learning_rate"])
             x = images[rows]
             loss = train_step(model, x, optimizer, objective, noise, settings["beta"], progress)
             losses.append(len(x) * torch.stack(loss).detach())
-            if (step + 1) % _averaging_interval(len(batches)) == 0:
+            if (step + 1) % _averaging_interval(steps) == 0:
                 average.update_parameters(model)
-                state = f"{name}, batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
+                state = f"{name}, batch {step + 1}/{steps}, loss {loss.loss.item():.1f}"
                 bar.set_description_str(state, refresh=False)
     summed = torch.stack(losses).cpu().double().sum(0)
     return Loss(*(summed / len(images)).tolist())  # every image weighs the same
@@ -668,23 +666,21 @@ def _format_row(row, settings):
     return text.format(epochs=settings["epochs"], times_beta=times_beta, **row)
 
 
-def _progress_bar(steps, name, done=0, total=None, delay=0):
-    """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log.
+def _progress_bar(steps, name, **options):
+    """tqdm's bar, with further options of it, where somebody looks.
 
-    It goes through `steps`, a part of `total` steps after `done` ones.
+    That is in a terminal and in a live notebook, not in a log.
     """
     in_notebook = _is_live_notebook()
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         steps,
         name,
-        total,
-        initial=done,
         file=sys.stdout if in_notebook else sys.stderr,
         disable=not (in_notebook or in_terminal),
-        delay=delay,
         leave=False,
         bar_format="{desc} |{bar:20}| {percentage:.0f} %, {remaining} left",
+        **options,
     )
 
 
