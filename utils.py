@@ -1159,7 +1159,7 @@ def fit_mixture(model, images, num_components=50, seed=0):
 
 
 def _noise(x, level, generator):
-    return x + level * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return x + level * _standard_normal(x.shape, generator, x.device)
 
 
 def _salt_and_pepper(x, share, generator):
