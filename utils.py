@@ -566,7 +566,7 @@ def fit(
                 history.append(row)
                 print(_format_row(row, settings))
                 best_row = min(history, key=lambda row: row["val_loss"])
-                if best_row["epoch"] == epoch:
+                if best_row is row:
                     best.load_state_dict(average.module.state_dict())
                 best.metadata = metadata | best_row | {"settings": settings, "history": history}
                 if path:
