@@ -1493,9 +1493,9 @@ def digits_grid(rows, row_labels=(), column_labels=(), size=0.75):
         place = (0, len(row), i + 1, i)  # left, right, bottom, top
         ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
     font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
-    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels, fontsize=font)
-    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels, fontsize=font)
-    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels)
+    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels)
+    ax.tick_params(length=0, labelsize=font, labeltop=True, labelbottom=False)
     ax.set(xlim=(0, columns), ylim=(len(rows), 0), frame_on=False)
     return figure
 
