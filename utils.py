@@ -805,9 +805,10 @@ def _parts_of(value):
         return [value.requires_grad, _digest({"": value})]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
-    is_network = isinstance(value, nn.Module)
+    if not hasattr(value, "__dict__"):
+        return []
     home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
-    if not hasattr(value, "__dict__") or (_is_installed(home) and not is_network):
+    if _is_installed(home) and not isinstance(value, nn.Module):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
