@@ -1308,7 +1308,7 @@ def read_digit(path):
         raise _no_digit(path.name, "there is no ink on it")
     # The second look knows the width of the strokes. A closing removes what is dark and narrower
     # than three strokes. What remains is the paper with its shadows, even hard-edged ones.
-    paper = ndimage.grey_closing(page, round(3 * _stroke_width(ink > 0)))
+    paper = ndimage.grey_closing(page, round(3 * _stroke_width(ink)))
     ink = _dark_ink(page - paper)
     _check_one_digit(ink > 0, path.name)
     ink = _thicken(_even_ink(ink))
@@ -1385,7 +1385,7 @@ def _dark_on_light(page):
 
 def _strength(ink):
     """Height times squared contrast over the stroke's width: large for the ink of a digit."""
-    return (ink.max(1) ** 2).sum() / _stroke_width(ink > 0)
+    return (ink.max(1) ** 2).sum() / _stroke_width(ink)
 
 
 def _dark_ink(page):
@@ -1416,9 +1416,9 @@ def _strokes(mask):
     return pieces > 0
 
 
-def _stroke_width(mask):
-    """The mean width of the strokes of a mask, (h, w) bool, in pixels; 1 if there are none."""
-    distance_to_edge = ndimage.distance_transform_edt(mask).sum() / max(1, mask.sum())
+def _stroke_width(ink):
+    """The mean width of the strokes, where ink (h, w) is not 0, in pixels; 1 if there are none."""
+    distance_to_edge = ndimage.distance_transform_edt(ink).sum() / max(1, np.count_nonzero(ink))
     # A quarter of the width, plus half a pixel because the outermost pixels count as 1.
     return max(1, 4 * distance_to_edge - 2)
 
@@ -1452,7 +1452,7 @@ def _even_ink(ink):
 
 def _thicken(ink):
     """The ink, (h, w) in [0, 1], with strokes at least as wide as MNIST's thin ones."""
-    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink > 0)  # 9 % of the height is MNIST's thin
+    missing = 0.09 * ink.any(1).sum() - _stroke_width(ink)  # 9 % of the height is MNIST's thin
     return ndimage.maximum_filter(ink, max(1, round(1 + missing))).clip(0, 1)
 
 
