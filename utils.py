@@ -522,9 +522,9 @@ def fit(
     utils.py, of the model and of the objective. The files of another run are renamed, not
     overwritten; so are those of this run with `resume=False`, which always starts anew.
 
-    Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written;
-    CheckpointError for a file that cannot be read or written, that this project did not write, or
-    that another process is using; FloatingPointError if the loss stops being finite.
+    Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written,
+    or a file that another process is using; CheckpointError for a file that cannot be written, or
+    that this project did not write; FloatingPointError if the loss stops being finite.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
@@ -861,9 +861,9 @@ def save_checkpoint(path, model, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
     `metadata` (plain Python values) are added to the model's own in the file. Raises TypeError or
-    ValueError for what JSON cannot hold, such as NaN; OSError if the folder cannot be written or
-    the file is in use; CheckpointError if the file cannot be written or could not be loaded again
-    (a class that latent_dim and variational do not build). The previous file then stays.
+    ValueError for metadata that JSON cannot hold; OSError if the folder cannot be written or the
+    file is in use; CheckpointError if the file cannot be written or could not be loaded again
+    (NaN, a class that latent_dim and variational do not build). The previous file then stays.
     """
     path = Path(path).expanduser()
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
@@ -1019,13 +1019,19 @@ def _rebuild(model_class, header, tensors, complaint):
 
 @torch.no_grad()
 def _behaviour(model):
-    """What a network makes of one fixed image: the mean squares of mu, logits and logvar."""
+    """What a network makes of one fixed image: the mean squares of mu, logits and logvar.
+
+    CheckpointError unless they are finite.
+    """
     x = torch.linspace(0, 1, 784, dtype=torch.float32, device="cpu").view(1, 1, 28, 28)
     with _evaluating(model):
         mu, logvar = model.encode(x)
         logits = model.decode(mu)
     outputs = (mu, logits, logvar)
-    return [float(output.square().mean()) for output in outputs if output is not None]
+    found = [float(output.square().mean()) for output in outputs if output is not None]
+    if not math.isfinite(sum(found)):
+        raise CheckpointError("the model computes NaN or infinity: it is not saved")
+    return found
 
 
 def _write(path, content):
@@ -1093,6 +1099,8 @@ def loss_per_image(model, images, num_samples=10, seed=0):
     _integer(num_samples, "num_samples", 1)
     generator = _seeded(seed)
     mu, logvar = posterior(model, images)
+    if logvar is None:
+        num_samples = 1  # all are mu
     bces = []
     for _ in _progress_bar(range(num_samples), "evaluating", delay=5):
         z = reparameterize(mu, logvar, generator)
