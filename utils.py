@@ -955,7 +955,7 @@ def _digest(tensors, text=""):
 
 
 def _pack(model, metadata):
-    """The content of a checkpoint. It is loaded once here, as a test.
+    """The content of a checkpoint, after a test that the model can be rebuilt from it.
 
     TypeError or ValueError for metadata that JSON cannot hold, CheckpointError for a model that
     could not be loaded again.
@@ -974,14 +974,13 @@ def _pack(model, metadata):
         },
     }
     text = json.dumps(header, allow_nan=False)
-    content = safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
     _rebuild(
         type(model),
         header,
         tensors,
         f"{type(model).__name__} cannot be saved: latent_dim and variational do not rebuild it",
     )
-    return content
+    return safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
 
 
 def _read_checkpoint(path):
