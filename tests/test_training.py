@@ -688,6 +688,22 @@ def test_a_run_stopped_in_its_first_epoch_leaves_what_stood_there(few, best, mon
     assert files(best.parent) == [KEPT]
 
 
+def test_without_what_it_takes_to_go_on_a_run_starts_anew(few, best):
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, on_epoch=stop_after(1))
+    best.with_name(UNFINISHED).unlink()
+    again, history = train(few, best)
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert same_weights(again, train(few)[0])
+    assert files(best.parent) == [ASIDE, KEPT]
+
+
+def test_what_is_known_of_a_run_counts_before_metadata_of_the_same_name(few, best):
+    model, history = train(few, best, metadata={"epoch": 99, "history": [], "mine": 1}, epochs=1)
+    assert model.metadata["history"] == history
+    assert (model.metadata["epoch"], model.metadata["mine"]) == (1, 1)
+
+
 def test_a_model_saved_in_the_place_of_an_unfinished_run_is_kept(few, best, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(few, best, on_epoch=stop_after(1))
