@@ -1024,8 +1024,11 @@ def test_a_terminal_shows_the_progress_and_a_log_does_not(few, monkeypatch, is_t
     stream = io.StringIO()
     stream.isatty = lambda: is_terminal
     monkeypatch.setattr(sys, "stderr", stream)
-    train(few, epochs=1)
-    assert ("epoch 1/1 |" in stream.getvalue()) == is_terminal
+    train(few)
+    shown = stream.getvalue()
+    assert ("epoch 1/2 |" in shown) == is_terminal
+    half_way = re.search(r"epoch 2/2 \|.{20}\| 50 %", shown)  # of the whole run
+    assert (half_way is not None) == is_terminal
 
 
 @pytest.mark.parametrize("stream", ["no stderr", "ASCII"])
