@@ -935,13 +935,15 @@ def _load_as_named(path, whose, data_name, variational, device):
     found = {name: known.get(name) for name in expected}
     if found != expected:
         raise CheckpointError(f"{path} is not what its name says: {found}")
-    defaults = {"settings": {"beta": 1}, "history": [], "epoch": None, "val_loss": math.nan}
+    # A model that `fit` did not train has no settings, no history and no loss.
+    told = {"settings": {}, "history": [], "epoch": None, "val_loss": math.nan, **known}
+    told["beta"] = told["settings"].get("beta", 1)
+    told["epochs"] = len(told["history"])
     text = (
-        "{latent_dim} latent dimensions, beta {settings[beta]:g}, epoch {epoch} of {epochs}, "
+        "{latent_dim} latent dimensions, beta {beta:g}, epoch {epoch} of {epochs}, "
         "validation loss {val_loss:.2f} nats, saved {saved}"
     )
-    known = {**defaults, **known}
-    print(f"{path.name}: {whose}, {text.format(epochs=len(known['history']), **known)}")
+    print(f"{path.name}: {whose}, {text.format(**told)}")
     return model
 
 
