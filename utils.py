@@ -757,7 +757,7 @@ def _set_aside(path, settings):
     if not known:
         return
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        aside = path.with_stem(f"{path.stem}.{number}")
         if not aside.exists():
             break
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
