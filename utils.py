@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5
-from torchvision.transforms.functional import InterpolationMode, crop, erase, rotate
+from torchvision.transforms.functional import InterpolationMode, crop, erase, resize, rotate
 from tqdm import tqdm
 
 
@@ -1465,7 +1465,7 @@ def _like_mnist(ink, contrast):
     cropped = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
     scale = 20 / max(cropped.shape)
     size = [max(1, round(side * scale)) for side in cropped.shape]
-    ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
+    ink = resize(cropped[None], size, InterpolationMode.BICUBIC)
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
     centre = np.array(ndimage.center_of_mass(ink[0].numpy()))
     top, left = np.clip(np.round(14 - centre), 0, 28 - np.array(size)).astype(int)
