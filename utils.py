@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5
-from torchvision.transforms.functional import InterpolationMode, crop, erase, resize, rotate
+from torchvision.transforms.functional import InterpolationMode, crop, erase, pad, resize, rotate
 from tqdm import tqdm
 
 
@@ -1488,7 +1488,7 @@ def digits_grid(rows, row_labels=(), column_labels=(), size=0.75):
     figsize = (size * columns + 1, size * len(rows) + 0.3)
     figure, ax = plt.subplots(figsize=figsize, layout="constrained")
     for i, row in enumerate(rows):
-        framed = F.pad(row[:, 0].cpu(), (1, 1, 1, 1), value=math.nan)
+        framed = pad(row[:, 0].cpu(), 1, math.nan)  # a frame that is drawn as nothing
         strip = torch.hstack(list(framed))  # (N, 30, 30) -> (30, 30 N)
         is_difference = (row < 0).float().mean() > 0.01
         cmap, lowest = ("RdBu", -1) if is_difference else ("gray", 0)
