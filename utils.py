@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5
-from torchvision.transforms.functional import InterpolationMode, crop, erase, rotate
+from torchvision.transforms.functional import InterpolationMode, crop, erase, pad, resize, rotate
 from tqdm import tqdm
 
 
@@ -757,7 +757,7 @@ def _set_aside(path, settings):
     if not known:
         return
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        aside = path.with_stem(f"{path.stem}.{number}")
         if not aside.exists():
             break
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
@@ -935,13 +935,15 @@ def _load_as_named(path, whose, data_name, variational, device):
     found = {name: known.get(name) for name in expected}
     if found != expected:
         raise CheckpointError(f"{path} is not what its name says: {found}")
-    defaults = {"settings": {"beta": 1}, "history": [], "epoch": None, "val_loss": math.nan}
+    # A model that `fit` did not train has no settings, no history and no loss.
+    told = {"settings": {}, "history": [], "epoch": None, "val_loss": math.nan, **known}
+    told["beta"] = told["settings"].get("beta", 1)
+    told["epochs"] = len(told["history"])
     text = (
-        "{latent_dim} latent dimensions, beta {settings[beta]:g}, epoch {epoch} of {epochs}, "
+        "{latent_dim} latent dimensions, beta {beta:g}, epoch {epoch} of {epochs}, "
         "validation loss {val_loss:.2f} nats, saved {saved}"
     )
-    known = {**defaults, **known}
-    print(f"{path.name}: {whose}, {text.format(epochs=len(known['history']), **known)}")
+    print(f"{path.name}: {whose}, {text.format(**told)}")
     return model
 
 
@@ -1471,7 +1473,7 @@ def _like_mnist(ink, contrast):
     cropped = ink[ndimage.find_objects((ink != 0).int().numpy())[0]]
     scale = 20 / max(cropped.shape)
     size = [max(1, round(side * scale)) for side in cropped.shape]
-    ink = F.interpolate(cropped[None, None], size=size, mode="bicubic", antialias=True)[0]
+    ink = resize(cropped[None], size, InterpolationMode.BICUBIC)
     ink = ((ink - 0.5) * contrast + 0.5).clamp(0, 1)
     centre = np.array(ndimage.center_of_mass(ink[0].numpy()))
     top, left = np.clip(np.round(14 - centre), 0, 28 - np.array(size)).astype(int)
@@ -1494,7 +1496,7 @@ def digits_grid(rows, row_labels=(), column_labels=(), size=0.75):
     figsize = (size * columns + 1, size * len(rows) + 0.3)
     figure, ax = plt.subplots(figsize=figsize, layout="constrained")
     for i, row in enumerate(rows):
-        framed = F.pad(row[:, 0].cpu(), (1, 1, 1, 1), value=math.nan)
+        framed = pad(row[:, 0].cpu(), 1, math.nan)  # a frame that is drawn as nothing
         strip = torch.hstack(list(framed))  # (N, 30, 30) -> (30, 30 N)
         is_difference = (row < 0).float().mean() > 0.01
         cmap, lowest = ("RdBu", -1) if is_difference else ("gray", 0)
