@@ -562,7 +562,7 @@ def fit(
             for epoch in range(saved + 1, epochs + 1):
                 started = time.perf_counter()
                 train = _train_epoch(model, optimizer, average, images, settings, objective, epoch)
-                val = evaluate(average.module, val_images, num_samples=1, beta=beta)
+                val = evaluate(average.module, val_images, num_samples=1, beta=settings["beta"])
                 row = _row(epoch, train, val, settings, started)
                 history.append(row)
                 print(_format_row(row, settings))
@@ -765,8 +765,10 @@ def _set_aside(path, settings):
             old.rename(new)
     before = known.get("settings", {})
     changed = [name for name, value in settings.items() if before.get(name) != value]
-    difference = ", ".join(changed) or "nothing"
-    print(f"{path.name} held another run ({difference} changed), which is now {aside.name}")
+    print(
+        f"{path.name} held another run ({', '.join(changed) or 'nothing'} changed), which is now "
+        f"{aside.name}"
+    )
 
 
 # ------------------------------------ The code of a run ------------------------------------
@@ -803,7 +805,7 @@ def _parts_of(value):
         return list(value.items())
     if isinstance(value, Tensor):
         return [value.requires_grad, _digest({"": value})]
-    if isinstance(value, functools.partial | types.MethodType):
+    if isinstance(value, functools.partial | types.MethodType | np.ndarray):
         return list(value.__reduce__())
     if not hasattr(value, "__dict__"):
         return []
@@ -813,7 +815,7 @@ def _parts_of(value):
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
     members = {
-        name: member
+        name: getattr(member, "fget", member)  # the function of a property
         for name, member in vars(value).items()
         if name not in ("metadata", "training") and (callable(member) or name[:2] != "__")
     }
@@ -826,6 +828,8 @@ def _parts_of_function(function):
     parts = [function.__defaults__, function.__kwdefaults__, cells]
     codes = [function.__code__]
     for code in codes:
+        # Tuples may be the names of a call's arguments, which some versions' instructions lack.
+        parts += [code.co_varnames, [c for c in code.co_consts if isinstance(c, tuple)]]
         for instruction in dis.get_instructions(code):
             argument = instruction.argval
             if isinstance(argument, types.CodeType):  # a function in the function
@@ -868,8 +872,9 @@ def save_checkpoint(path, model, **metadata):
     path = Path(path).expanduser()
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
     with _lock(path):
+        if _unfinished(path).exists():
+            _set_aside(path, {})
         _write(path, content)
-        _unfinished(path).unlink(missing_ok=True)  # it is no longer this model's
 
 
 @torch.inference_mode(False)
@@ -1028,8 +1033,7 @@ def _behaviour(model):
     with _evaluating(model):
         mu, logvar = model.encode(x)
         logits = model.decode(mu)
-    outputs = (mu, logits, logvar)
-    found = [float(output.square().mean()) for output in outputs if output is not None]
+    found = [float(out.square().mean()) for out in (mu, logits, logvar) if out is not None]
     if not math.isfinite(sum(found)):
         raise CheckpointError("the model computes NaN or infinity: it is not saved")
     return found

@@ -708,9 +708,15 @@ def test_a_model_saved_in_the_place_of_an_unfinished_run_is_kept(few, best, caps
     with pytest.raises(KeyboardInterrupt):
         train(few, best, on_epoch=stop_after(1))
     utils.save_checkpoint(best, utils.VAE(7), note="precious")
+    assert f"{KEPT} held another run" in capsys.readouterr().out
+    assert files(best.parent) == [ASIDE, UNFINISHED_ASIDE, KEPT]
     train(few, best)
     assert "of this run" not in capsys.readouterr().out
-    assert utils.read_metadata(best.with_name(ASIDE))["note"] == "precious"
+    assert (
+        utils.read_metadata(best.with_name("vae_mnist5k_best.2.safetensors"))["note"] == "precious"
+    )
+    train(few, best.with_name(ASIDE))
+    assert "holds epochs 1 to 1 of this run" in capsys.readouterr().out
 
 
 # the code of a run
@@ -870,6 +876,28 @@ def test_an_objective_is_known_by_all_that_it_uses(few, best, capsys):
         numbers.update(change)
         assert said() == "the objective changed", change
     assert said() is True
+
+
+def mine(**members):
+    return type("Mine", (), {**members, "__module__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (lambda x: F.gelu(x, approximate="tanh"), lambda x: F.gelu(x, other="tanh")),
+        (lambda x, y: x - y, lambda y, x: x - y),
+        (lambda x: x in {0, 1}, lambda x: x in {0, 2}),
+        (np.arange(2000), np.append(np.arange(1000), np.arange(1000))),
+        (functools.partial(max, 1), functools.partial(max, 2)),
+        (mine(level=1), mine(level=2)),
+        (mine(level=property(lambda self: 1)), mine(level=property(lambda self: 2))),
+    ],
+    ids=["keyword", "order", "set", "array", "partial", "class", "property"],
+)
+def test_what_differs_in_little_is_not_the_same(one, other):
+    assert utils._code_of(one) == utils._code_of(one)
+    assert utils._code_of(one) != utils._code_of(other)
 
 
 def test_the_order_of_a_set_makes_no_difference():
