@@ -499,6 +499,15 @@ def test_a_run_stopped_within_an_epoch_ends_as_the_uninterrupted_one(
     assert without_seconds(kept.metadata["history"]) == without_seconds(history)
 
 
+def test_a_run_with_numbers_of_numpy_goes_on(few, best):
+    options = {"beta": np.float64(2), "learning_rate": np.float64(0.002), "seed": np.int64(3)}
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, on_epoch=stop_after(1), **options)
+    resumed, history = train(few, best, **options)
+    assert len(history) == 2
+    assert same_weights(resumed, train(few, **options)[0])
+
+
 def spoiling(model, x, generator, beta, progress):
     """From the second epoch of four on the loss is driven up."""
     loss = utils.elbo(model, x, generator, beta, progress)
