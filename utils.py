@@ -1,8 +1,8 @@
 """A convolutional variational autoencoder (VAE) that learns to reconstruct MNIST.
 
 Everything that the two notebooks share, in the order in which data flows: data, model, loss,
-training, checkpoints, evaluation, robustness and anomalies, one's own digit, figures. The checks
-of arguments stand at the end.
+training (and the code by which a run is known), checkpoints, evaluation, robustness and anomalies,
+one's own digit, figures. The checks of arguments stand at the end.
 The model follows Kingma & Welling, "Auto-Encoding Variational Bayes" (2013,
 https://arxiv.org/abs/1312.6114).
 
@@ -143,7 +143,7 @@ def load_images(source="auto", root="data"):
 
 
 def leave_out(data, digit):
-    """The data without one digit, 0 to 9, in any of the splits; all of it for None."""
+    """The data without one digit (0 to 9) in all three splits; None leaves nothing out."""
     if digit is None:
         return data
     splits = [split.take(split.labels != digit) for split in (data.train, data.val, data.test)]
@@ -203,7 +203,7 @@ BATCH = 500  # images at a time where nothing is trained
 
 
 class Residual(nn.Sequential):
-    """h + f(h), f being the layers in turn; the shape stays."""
+    """h + f(h), where f applies the layers in turn. The shape stays the same."""
 
     def forward(self, h):
         return h + super().forward(h)
@@ -282,7 +282,7 @@ def _seeded(seed):
 
 def _standard_normal(shape, generator, device):
     """Noise drawn where the generator lives, so that a CPU generator repeats on any device."""
-    drawn_on = getattr(generator, "device", device)
+    drawn_on = getattr(generator, "device", device)  # None, the default generator, has no device
     noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=drawn_on)
     return noise.to(device)
 
@@ -394,10 +394,10 @@ def vae_loss(logits, x, mu, logvar, beta=1.0):
     """Binary cross-entropy plus beta times KL(q(z|x) || N(0, I)), averaged over a batch.
 
     logits and x are (B, 1, 28, 28), mu and logvar (B, D); returns a `Loss` of tensors.
-    Both are summed, over pixels and over latent dimensions (Kingma & Welling, equation 10 and
-    appendix B). beta other than 1 is the beta-VAE (Higgins et al., 2017). `logvar=None`, a plain
-    autoencoder, has no KL. Raises ValueError for tensors that do not go together and for images
-    outside [0, 1].
+    The cross-entropy is summed over pixels, the KL over latent dimensions (Kingma & Welling,
+    equation 10 and appendix B). With beta other than 1 this is the beta-VAE (Higgins et al.,
+    2017). `logvar=None`, a plain autoencoder, has no KL. Raises TypeError unless x is float32, and
+    ValueError for tensors that do not go together or an x outside [0, 1].
     """
     _check_images(x, "x")
     if logvar is not None and logvar.shape != mu.shape:
@@ -430,7 +430,7 @@ WEIGHT_DECAY = 0.1  # of the dense layers, which narrows the gap between trainin
 
 
 def learning_rate_at(progress, learning_rate):
-    """The learning rate when the share `progress` of a run, from 0 to 1, is behind it.
+    """The learning rate when the share `progress` of a run, from 0 to 1, is done.
 
     It doubles over the first tenth and then falls to zero in a straight line, which beats the
     usual cosine (Defazio et al., 2023) here, too.
@@ -454,11 +454,12 @@ def make_optimizer(model):
 def elbo(model, x, generator, beta, progress):
     """The objective that `fit` minimises: the `Loss` of a batch x (B, 1, 28, 28).
 
-    Write your own for another one, and pass it to `fit`. To augment, change x here, before the
-    model and the loss see it; to denoise, change what the model sees and not the loss's x. All
-    noise comes from `generator`. `progress`, from 0 to 1, is the share of the run that is behind:
+    For another objective, pass a function of your own to `fit`. To augment, change x here, before
+    the model and the loss see it; to denoise, change what the model sees and not the loss's x. All
+    noise comes from `generator`. `progress`, from 0 to 1, is the share of the run that is done:
     for a KL warm-up, replace beta by beta * min(1, 5 * progress).
-    What it uses belongs to the run, so fill no list here: keep a log in `on_epoch`.
+    A run is known by all that its objective uses. A list that it fills would make every start
+    another run, so keep a log in `on_epoch` instead.
     """
     if isinstance(model, VAE):
         logits, mu, logvar = model(x, generator)
@@ -507,24 +508,25 @@ def fit(
 
     `objective` is what a step minimises: see `elbo`. Validation and the choice of the best epoch
     are always BCE + beta * KL of the model, whatever the objective.
-    `on_epoch(averaged_model, row)` is called after every epoch, once it is saved. It gets a copy of
-    the running average; what it does to it, or draws at random, does not change the run.
+    `on_epoch(averaged_model, row)` is called after every epoch, once it is saved. It gets copies
+    of both: nothing that it does to them, and no random number that it draws, changes the run.
 
     At the end the model holds the epoch with the lowest validation loss, and `model.metadata` says
     how it was trained. If training stops early, by an interrupt or an error, the model gets back
     the weights that it came with; the best epoch is in the checkpoint.
 
     `checkpoint` is the file of the run's best epoch, with `metadata` (plain values such as the
-    name of the data). A second file, named *.unfinished, holds what it takes to go on until the
-    run is finished. The same call continues an interrupted run after its last finished epoch; on
+    name of the data). Until the run is finished, a second file, `checkpoint`.unfinished, holds
+    what it takes to go on. The same call continues an interrupted run after its last epoch; on
     the CPU of the same machine, with the same number of threads, it ends with the same weights bit
     for bit. A run is known by its settings, its images, its initial weights and its code: that of
     utils.py, of the model and of the objective. The files of another run are renamed, not
     overwritten; so are those of this run with `resume=False`, which always starts anew.
 
-    Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written,
-    or a file that another process is using; CheckpointError for a file that cannot be written, or
-    that this project did not write; FloatingPointError if the loss stops being finite.
+    Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written
+    or a file that cannot be read, TimeoutError for one that another process is using;
+    CheckpointError for a file that cannot be written or that this project did not write;
+    FloatingPointError if the loss stops being finite.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model is frozen: none of its parameters has requires_grad=True")
@@ -537,7 +539,7 @@ def fit(
         "beta": _number(beta, "beta", 0),
         "seed": _integer(seed, "seed", 0),
     }
-    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as it will be read
+    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as a file gives it back
     path = None
     if checkpoint is not None:
         path = Path(checkpoint).expanduser()
@@ -593,7 +595,7 @@ def fit(
 
 def _train_epoch(model, optimizer, average, images, settings, objective, epoch):
     """One pass over the images; its randomness follows from (seed, epoch), so that it repeats."""
-    seed = settings["seed"] * 100_003 + epoch  # another one for every seed and epoch
+    seed = settings["seed"] * 100_003 + epoch  # a different one for each seed and epoch
     noise = torch.Generator(images.device).manual_seed(seed)
     order = torch.randperm(len(images), generator=_seeded(seed))
     batches = order.to(images.device).split(settings["batch_size"])
@@ -788,7 +790,8 @@ def _code_of(value):
         value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
         parts = _parts_of(value)
         text = type(value).__name__ if parts else repr(value)
-        told.append(re.sub(" at 0x[0-9A-Fa-f]+| from '.+'", "", text))  # what differs elsewhere
+        # Addresses, and the folders of modules, differ from process to process.
+        told.append(re.sub(" at 0x[0-9A-Fa-f]+| from '.+'", "", text))
         if id(value) not in seen:
             seen[id(value)] = value
             waiting += parts
@@ -796,7 +799,10 @@ def _code_of(value):
 
 
 def _parts_of(value):
-    """What a value is made of, as a list; empty for a value that its repr tells all of."""
+    """What a value is made of, as a list; empty for what counts by its repr alone.
+
+    That is a number or a text, and whatever comes with a package.
+    """
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, set | frozenset):
@@ -806,15 +812,16 @@ def _parts_of(value):
     if isinstance(value, Tensor):
         return [value.requires_grad, _digest({"": value})]
     if isinstance(value, functools.partial | types.MethodType | np.ndarray):
-        return list(value.__reduce__())
+        return list(value.__reduce__())  # such as the function, and what is bound to it
     if not hasattr(value, "__dict__"):
         return []
+    # A module has no __module__; its __name__ is what others have as theirs.
     home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
     if _is_installed(home) and not isinstance(value, nn.Module):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
-    members = {
+    members = {  # without __doc__, __firstlineno__ and the like
         name: getattr(member, "fget", member)  # the function of a property
         for name, member in vars(value).items()
         if name not in ("metadata", "training") and (callable(member) or name[:2] != "__")
@@ -852,22 +859,24 @@ def _is_installed(module_name):
 
 # ---------------------------------------- Checkpoints ----------------------------------------
 
-# A checkpoint is a safetensors file. Its metadata hold one JSON text, which tells how to rebuild
-# the model, what the network does and what is known of it, and the SHA-256 of that text and of all
-# tensors.
+# A checkpoint is a safetensors file. Its metadata hold two texts: one in JSON, which tells how to
+# rebuild the model, what the network computes and what is known of it; and the SHA-256 of the
+# first and of all tensors.
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, foreign, does not fit, or cannot be read or written."""
+    """A checkpoint that is damaged, foreign, does not fit, or cannot be written."""
 
 
 def save_checkpoint(path, model, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
-    `metadata` (plain Python values) are added to the model's own in the file. Raises TypeError or
-    ValueError for metadata that JSON cannot hold; OSError if the folder cannot be written or the
-    file is in use; CheckpointError if the file cannot be written or could not be loaded again
-    (NaN, a class that latent_dim and variational do not build). The previous file then stays.
+    `metadata` (plain Python values) are added to the model's own in the file. If an unfinished run
+    has this file, its files are renamed.
+    Raises ValueError for the name of a reference; TypeError or ValueError for metadata that JSON
+    cannot hold; OSError if the folder cannot be written, TimeoutError if another process is using
+    the file; CheckpointError if the file cannot be written or could not be loaded again (NaN, a
+    class that latent_dim and variational do not build). The previous file then stays.
     """
     path = Path(path).expanduser()
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
@@ -882,9 +891,9 @@ def load_checkpoint(path, device="cpu", model_class=VAE):
     """The model of a checkpoint in eval mode on `device`, with `model.metadata`.
 
     `model_class` is the class of the model that was saved, if it is one of your own. It is called
-    with latent_dim and variational. Nothing in the file is executed. Raises FileNotFoundError where
-    there is none, CheckpointError where the file is not one of ours, whole and sound, or where the
-    network of the code computes something else than the one that was saved.
+    with latent_dim and variational. Nothing in the file is executed.
+    Raises FileNotFoundError if there is no file, and CheckpointError if it is damaged or not one
+    of ours, or if the network of the code computes something else than the one that was saved.
     """
     path = Path(path).expanduser()
     header, tensors = _read_checkpoint(path)
@@ -897,9 +906,9 @@ def load_checkpoint(path, device="cpu", model_class=VAE):
 
 
 def read_metadata(path):
-    """What is known of the model of a checkpoint, a dict: as `model.metadata`, with no model built.
+    """What is known of the model of a checkpoint, a dict: its `metadata`, with no model built.
 
-    Raises FileNotFoundError where there is none, CheckpointError for an unsound file.
+    Raises FileNotFoundError if there is no file, CheckpointError for an unsound one.
     """
     header, _ = _read_checkpoint(Path(path).expanduser())
     return header["metadata"]
@@ -992,7 +1001,7 @@ def _pack(model, metadata):
 
 def _read_checkpoint(path):
     """The header and the tensors that `_pack` put into a file."""
-    content = path.read_bytes()
+    content = path.read_bytes()  # if there is no file, the error is that of Python
     try:
         tensors = safetensors.torch.load(content)
         with safetensors.safe_open(path, "torch") as file:
@@ -1058,9 +1067,10 @@ def _write(path, content):
 
 
 def _lock(path):
-    """Lets one process at a time write to `path`; filelock.Timeout says that another one does.
+    """The lock with which one process at a time writes to `path`.
 
-    If it is killed, the system frees the lock. OSError if the folder cannot be written, ValueError
+    Taking it raises filelock.Timeout, a TimeoutError, while another process holds it. The system
+    frees the lock of a process that is killed. OSError if the folder cannot be written, ValueError
     for a reference, which comes with the clone.
     """
     if path.stem.endswith("_reference"):
@@ -1121,9 +1131,9 @@ def evaluate(model, images, num_samples=10, seed=0, beta=1.0):
     See `loss_per_image`.
     """
     per_image = loss_per_image(model, images, num_samples, seed)
-    bce = float(per_image.bce.mean())
-    kl = float(per_image.kl.mean())
-    return Loss(beta * kl + bce, bce, kl)
+    _, bce, kl = [float(values.mean()) for values in per_image]
+    loss = bce + beta * kl
+    return Loss(loss, bce, kl)
 
 
 def log_likelihood(model, images, num_samples=500, seed=0):
@@ -1132,7 +1142,7 @@ def log_likelihood(model, images, num_samples=500, seed=0):
     log p(x) >= E[log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x)], a lower bound that tightens as
     K = `num_samples` grows (Burda et al., "Importance Weighted Autoencoders", 2015); with K = 1 it
     is the ELBO. The noise of an image depends on its place among `images`: with few samples its
-    estimate may differ by some nats from place to place.
+    estimate may differ by some nats from place to place. ValueError for a plain autoencoder.
     """
     _integer(num_samples, "num_samples", 1)
     generator = _seeded(seed)
@@ -1230,10 +1240,10 @@ CORRUPTIONS = {
 
 
 def corrupt(images, kind, level, seed=0):
-    """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; level 0 does nothing.
+    """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; level 0 changes nothing.
 
-    `seed` decides all that is random. Raises ValueError for a kind that is not in CORRUPTIONS, or
-    for a level below 0.
+    `seed` decides all that is random. Raises TypeError or ValueError for bad images, for a kind
+    that is not in CORRUPTIONS and for a level below 0; RuntimeError for an occlusion above 20.
     """
     _check_images(images)
     if kind not in CORRUPTIONS:
@@ -1275,10 +1285,10 @@ def anomaly_score(model, images):
 def reconstruction_score(rebuilt, images):
     """`anomaly_score` of images for given reconstructions, both (N, 1, 28, 28).
 
-    The largest difference in the ink of any 7x7 window over the square root of the image's ink.
-    In a window noise cancels and a stroke does not; the same error weighs more where there is less
-    to reconstruct. It was the best of the scores that `python tests/measure.py scores` compares on
-    validation images.
+    The largest difference in the ink of any 7x7 window, over the square root of 1 + the image's
+    ink. In a window noise cancels and a stroke does not. The same error weighs more where there is
+    less to reconstruct. It was the best of the scores that `python tests/measure.py scores`
+    compares on validation images.
     """
     mean = F.avg_pool2d(_difference(images, rebuilt), 7, stride=1)  # (N, 1, 22, 22)
     largest = 49 * mean.abs().flatten(1).amax(1).double()
@@ -1299,7 +1309,8 @@ def _difference(images, originals):
 
 # ---------------------------------------- Own digit ----------------------------------------
 
-Image.MAX_IMAGE_PIXELS = 400_000_000  # beyond it Pillow warns, beyond twice as many it refuses
+# Telephones take 200 million pixels. Beyond this Pillow warns, beyond twice as many it refuses.
+Image.MAX_IMAGE_PIXELS = 400_000_000
 MARGIN = 4  # pixels of paper around a page of 280, for a digit that reaches the border
 
 
@@ -1333,7 +1344,7 @@ def _open_picture(path):
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # 16 bits
+        if picture.mode.startswith("I"):  # 16 bits a pixel
             picture = picture.point(lambda value: value / 256)
         picture = ImageOps.contain(picture.convert("LA"), (280, 280))
         if 0 in picture.size:
