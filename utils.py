@@ -662,11 +662,11 @@ def _row(epoch, train, val, settings, started):
 def _format_row(row, settings):
     beta = settings["beta"]
     times_beta = "" if beta == 1 else f"{beta:g} x "
-    text = (
+    template = (
         "epoch {epoch:2d}/{epochs}   training {train_loss:7.2f}   validation {val_loss:7.2f} = "
         "BCE {val_bce:6.2f} + {times_beta}KL {val_kl:5.2f} nats   {seconds:5.1f} s"
     )
-    return text.format(epochs=settings["epochs"], times_beta=times_beta, **row)
+    return template.format(epochs=settings["epochs"], times_beta=times_beta, **row)
 
 
 def _progress_bar(steps, name, **options):
@@ -835,7 +835,7 @@ def _parts_of_function(function):
     parts = [function.__defaults__, function.__kwdefaults__, cells]
     codes = [function.__code__]
     for code in codes:
-        # Tuples may be the names of a call's arguments, which some versions' instructions lack.
+        # Before Python 3.13, the names of a call's arguments are among the constants alone.
         parts += [code.co_varnames, [c for c in code.co_consts if isinstance(c, tuple)]]
         for instruction in dis.get_instructions(code):
             argument = instruction.argval
@@ -953,11 +953,11 @@ def _load_as_named(path, whose, data_name, variational, device):
     told = {"settings": {}, "history": [], "epoch": None, "val_loss": math.nan, **known}
     told["beta"] = told["settings"].get("beta", 1)
     told["epochs"] = len(told["history"])
-    text = (
+    template = (
         "{latent_dim} latent dimensions, beta {beta:g}, epoch {epoch} of {epochs}, "
         "validation loss {val_loss:.2f} nats, saved {saved}"
     )
-    print(f"{path.name}: {whose}, {text.format(**told)}")
+    print(f"{path.name}: {whose}, {template.format(**told)}")
     return model
 
 
@@ -1044,7 +1044,7 @@ def _behaviour(model):
         logits = model.decode(mu)
     found = [float(out.square().mean()) for out in (mu, logits, logvar) if out is not None]
     if not math.isfinite(sum(found)):
-        raise CheckpointError("the model computes NaN or infinity: it is not saved")
+        raise CheckpointError("the network computes NaN or infinity")
     return found
 
 
@@ -1240,7 +1240,7 @@ CORRUPTIONS = {
 
 
 def corrupt(images, kind, level, seed=0):
-    """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; level 0 changes nothing.
+    """Corrupted copies of images (N, 1, 28, 28), clipped to [0, 1]; at level 0 as they are.
 
     `seed` decides all that is random. Raises TypeError or ValueError for bad images, for a kind
     that is not in CORRUPTIONS and for a level below 0; RuntimeError for an occlusion above 20.
