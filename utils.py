@@ -791,7 +791,7 @@ def _code_of(value):
         parts = _parts_of(value)
         text = type(value).__name__ if parts else repr(value)
         # Addresses, and the folders of modules, differ from process to process.
-        told.append(re.sub(" at 0x[0-9A-Fa-f]+| from '.+'", "", text))
+        told.append(re.sub(r" at 0x[0-9A-Fa-f]+| from '.+'| \(frozen\)", "", text))
         if id(value) not in seen:
             seen[id(value)] = value
             waiting += parts
