@@ -208,8 +208,8 @@ class OfThree(utils.VAE):
 @pytest.mark.parametrize(
     "make, error, says",
     [
-        (lambda: wrecked(math.nan), utils.CheckpointError, "NaN or infinity"),
-        (lambda: wrecked(math.inf), utils.CheckpointError, "NaN or infinity"),
+        (lambda: wrecked(math.nan), ValueError, "not JSON compliant"),
+        (lambda: wrecked(math.inf), ValueError, "not JSON compliant"),
         (lambda: utils.VAE(4).half(), RuntimeError, "bias type .*Half"),
         (lambda: utils.VAE(4).double(), RuntimeError, "bias type .*double"),
         (lambda: OfThree(4, True, 5), utils.CheckpointError, "width"),
@@ -360,7 +360,7 @@ def rewritten(path, tensors, **changes):
         ({"tensor": None}, "another network"),
         ({"tensor": torch.ones(1)}, "another network"),
         ({"tensor": torch.ones(16, 1, 4, 4)}, "other results"),
-        ({"tensor": torch.full((16, 1, 4, 4), math.nan)}, "NaN"),
+        ({"tensor": torch.full((16, 1, 4, 4), math.nan)}, "other results"),
         ({"extra": torch.ones(1)}, "another network"),
         ({"latent_dim": 5}, "another network"),
         ({"latent_dim": "4"}, "another network"),
