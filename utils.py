@@ -26,7 +26,6 @@ import copy
 import dis
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -146,8 +145,8 @@ def leave_out(data, digit):
     """The data without one digit (0 to 9) in all three splits; None leaves nothing out."""
     if digit is None:
         return data
-    splits = [split.take(split.labels != digit) for split in (data.train, data.val, data.test)]
-    return Data(data.name, *splits)
+    name, *splits = data
+    return Data(name, *[split.take(split.labels != digit) for split in splits])
 
 
 def _mnist(root):
@@ -348,14 +347,13 @@ class VAE(nn.Module):
         """
         return self.decode_images(_standard_normal((n, self.latent_dim), generator, "cpu"))
 
-    @torch.no_grad()
     def decode_images(self, z):
         """Codes (N, D), a tensor or NumPy array -> images (N, 1, 28, 28) in [0, 1].
 
         The model is in eval mode meanwhile; the result is on its device.
         """
         z = torch.as_tensor(z, dtype=torch.float32, device=_device(self))
-        with _evaluating(self):
+        with torch.no_grad(), _evaluating(self):
             return torch.cat([self.decode(part).sigmoid() for part in z.split(BATCH)])
 
 
@@ -447,7 +445,7 @@ def make_optimizer(model):
         {"params": others, "weight_decay": 0.0},
         {"params": dense, "weight_decay": WEIGHT_DECAY},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, fused=_device(model).type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def elbo(model, x, generator, beta, progress):
@@ -539,6 +537,8 @@ def fit(
         "seed": _integer(seed, "seed", 0),
     }
     metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as a file gives it back
+    best = copy.deepcopy(model).eval()  # the running average after its best epoch
+    best.metadata = {}
     path = None
     if checkpoint is not None:
         path = Path(checkpoint).expanduser()
@@ -546,14 +546,13 @@ def fit(
         settings |= {
             "images": _digest({"training": train_images, "validation": val_images}),
             "utils.py": _code_of(fit),
-            "the model": _code_of(model),
+            "the model": _code_of(best),
             "the objective": _code_of(objective),
         }
 
     images = train_images.to(_device(model))
     optimizer = make_optimizer(model)
     average = _running_average(model, math.ceil(len(images) / batch_size))
-    best = copy.deepcopy(model)  # the running average after its best epoch
     parts = {"model": model, "average": average, "best": best, "optimizer": optimizer}
     came_with = copy.deepcopy(model.state_dict())
     with _lock(path) if path else contextlib.nullcontext():
@@ -651,8 +650,8 @@ def _row(epoch, train, val, settings, started):
         "val_loss": val.loss,
         "val_bce": val.bce,
         "val_kl": val.kl,
-        "learning_rate": learning_rate_at(
-            (epoch - 1) / settings["epochs"], settings["learning_rate"]
+        "learning_rate": float(
+            learning_rate_at((epoch - 1) / settings["epochs"], settings["learning_rate"])
         ),
         "seconds": time.perf_counter() - started,
     }
@@ -733,14 +732,16 @@ def _unfinished(path):
 def _read_run(path):
     """The metadata of a run and the states of its parts, as its files hold them.
 
-    The model's file holds the best model alone, the .unfinished file all parts. Both are empty
-    where there is no file.
+    The .unfinished file holds all parts, the model's file the best model alone. It counts alone
+    if it is no longer that of the unfinished run. Both results are empty where there is no file.
     """
+    known = {}
+    states = {}
     unfinished = _unfinished(path)
     if unfinished.exists():
         try:
-            run = torch.load(unfinished, map_location="cpu", weights_only=True)
-            return run.pop("metadata"), run
+            states = torch.load(unfinished, map_location="cpu", weights_only=True)
+            known = states.pop("metadata")
         except Exception as error:  # whatever a reader stumbles over, the file is at fault
             raise CheckpointError(
                 f"{unfinished} is no sound file of an unfinished run ({error}): delete it to start "
@@ -748,8 +749,10 @@ def _read_run(path):
             ) from None
     if path.exists():
         header, tensors = _read_checkpoint(path)
-        return header["metadata"], {"best": tensors}
-    return {}, {}
+        of_model = header["metadata"]
+        if not states or of_model.get("settings") != known["settings"]:
+            return of_model, {"best": tensors}
+    return known, states
 
 
 def _set_aside(path, settings):
@@ -759,7 +762,7 @@ def _set_aside(path, settings):
         return
     for number in itertools.count(1):
         aside = path.with_stem(f"{path.stem}.{number}")
-        if not aside.exists():
+        if not (aside.exists() or _unfinished(aside).exists()):
             break
     for old, new in ((path, aside), (_unfinished(path), _unfinished(aside))):
         if old.exists():
@@ -786,11 +789,11 @@ def _code_of(value):
     seen = {}  # by their ids; the values are kept, so that Python cannot reuse an id
     waiting = [value]
     while waiting:
-        value = inspect.unwrap(waiting.pop())  # what a decorator such as no_grad has wrapped
+        value = waiting.pop()
         parts = _parts_of(value)
         text = type(value).__name__ if parts else repr(value)
         # Addresses, and the folders of modules, differ from process to process.
-        told.append(re.sub(r" at 0x[0-9A-Fa-f]+| from '.+'| \(frozen\)", "", text))
+        told.append(re.sub(r" at 0x[0-9A-Fa-f]+|(?<=') from '.+'(?=>$)| \(frozen\)", "", text))
         if isinstance(value, tuple) or id(value) not in seen:  # equal tuples may be one or two
             seen[id(value)] = value
             waiting += parts
@@ -823,9 +826,10 @@ def _parts_of(value):
     members = {  # without __doc__, __firstlineno__ and the like
         name: getattr(member, "fget", member)  # the function of a property
         for name, member in sorted(vars(value).items())
-        if name not in ("metadata", "training") and (callable(member) or name[:2] != "__")
+        if callable(member) or name[:2] != "__"
     }
-    return [type(value), getattr(value, "__bases__", ()), members]
+    function = getattr(value, "__wrapped__", None)  # of a static or a class method
+    return [type(value), getattr(value, "__bases__", ()), function, members]
 
 
 def _parts_of_function(function):
@@ -879,8 +883,7 @@ class CheckpointError(RuntimeError):
 def save_checkpoint(path, model, **metadata):
     """Write the weights, what rebuilds the model, and what is known of it, whole or not at all.
 
-    `metadata` (plain Python values) are added to the model's own in the file. If an unfinished run
-    has this file, its files are renamed.
+    `metadata` (plain Python values) are added to the model's own in the file.
     Raises ValueError for the name of a reference; TypeError or ValueError for metadata that JSON
     cannot hold and for a network that computes NaN; OSError if the folder cannot be written,
     TimeoutError if another process is using the file; CheckpointError if the file cannot be
@@ -890,8 +893,6 @@ def save_checkpoint(path, model, **metadata):
     path = Path(path).expanduser()
     content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
     with _lock(path):
-        if _unfinished(path).exists():
-            _set_aside(path, {})
         _write(path, content)
 
 
@@ -958,10 +959,9 @@ def _load_as_named(path, whose, data_name, variational, device):
     found = {name: known.get(name) for name in expected}
     if found != expected:
         raise CheckpointError(f"{path} is not what its name says: {found}")
-    # A model that `fit` did not train has no settings, no history and no loss.
-    told = {"settings": {}, "history": [], "epoch": None, "val_loss": math.nan, **known}
-    told["beta"] = told["settings"].get("beta", 1)
-    told["epochs"] = len(told["history"])
+    # A model that `fit` did not train has no settings, no epoch and no loss.
+    told = {"beta": 1, "epochs": None, "epoch": None, "val_loss": math.nan, **known}
+    told |= known.get("settings", {})
     template = (
         "{latent_dim} latent dimensions, beta {beta:g}, epoch {epoch} of {epochs}, "
         "validation loss {val_loss:.2f} nats, saved {saved}"
@@ -1003,7 +1003,7 @@ def _pack(model, metadata):
         type(model),
         header,
         tensors,
-        f"{type(model).__name__} cannot be saved: latent_dim and variational do not rebuild it",
+        "the model cannot be saved: latent_dim and variational do not rebuild it",
     )
     return safetensors.torch.save(tensors, {"json": text, "sha256": _digest(tensors, text)})
 
@@ -1013,8 +1013,8 @@ def _read_checkpoint(path):
     content = path.read_bytes()  # if there is no file, the error is that of Python
     try:
         tensors = safetensors.torch.load(content)
-        with safetensors.safe_open(path, "torch") as file:
-            written = file.metadata()
+        header_size = int.from_bytes(content[:8], "little")
+        written = json.loads(content[8 : 8 + header_size])["__metadata__"]
         if written["sha256"] != _digest(tensors, written["json"]):
             raise ValueError("its content is not what was written")
         return json.loads(written["json"]), tensors

@@ -189,6 +189,20 @@ def test_a_reader_never_sees_a_half_written_file(tmp_path, model):
     assert sorted(os.listdir(tmp_path)) == [f".{path.name}.lock", path.name]
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(path, model, monkeypatch):
+    load = safetensors.torch.load
+
+    def load_slowly(content):
+        monkeypatch.undo()
+        utils.save_checkpoint(path, utils.VAE(4), note="new")
+        return load(content)
+
+    monkeypatch.setattr(safetensors.torch, "load", load_slowly)
+    old = utils.load_checkpoint(path)
+    assert same_weights(old, model)
+    assert old.metadata["epoch"] == METADATA["epoch"]
+
+
 # what is not saved
 
 
@@ -413,12 +427,12 @@ def test_checkpoint_paths(tmp_path):
 def test_load_best_takes_ones_own_and_says_which(tmp_path, capsys):
     known = {"epoch": 2, "history": ROWS, "val_loss": 111.11, "train_loss": 99.99}
     save(tmp_path, name="mnist", which="reference")
-    path = save(tmp_path, settings={"beta": 4.0}, **known)
+    path = save(tmp_path, settings={"beta": 4.0, "epochs": 3}, **known)
     model = utils.load_best(tmp_path, "mnist5k")
     assert model.metadata["val_loss"] == 111.11
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path.name}: ")
-    for said in ("your own", "3 latent dimensions", "beta 4", "epoch 2 of 2", "saved 20"):
+    for said in ("your own", "3 latent dimensions", "beta 4", "epoch 2 of 3", "saved 20"):
         assert said in line
     assert "validation loss 111.11" in line
     assert "99.99" not in line

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -508,6 +509,14 @@ def test_a_run_with_numbers_of_numpy_goes_on(few, best):
     assert same_weights(resumed, train(few, **options)[0])
 
 
+def test_a_run_with_a_learning_rate_of_numpy_goes_on(few, best, edited):
+    module = edited("return learning_rate * (1 +", "return np.float64(learning_rate) * (1 +")
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, module=module, on_epoch=stop_after(1))
+    _, history = train(few, best, module=module)
+    assert len(history) == 2
+
+
 def spoiling(model, x, generator, beta, progress):
     """From the second epoch of four on the loss is driven up."""
     loss = utils.elbo(model, x, generator, beta, progress)
@@ -716,16 +725,41 @@ def test_what_is_known_of_a_run_counts_before_metadata_of_the_same_name(few, bes
 def test_a_model_saved_in_the_place_of_an_unfinished_run_is_kept(few, best, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(few, best, on_epoch=stop_after(1))
+    unfinished = best.with_name(UNFINISHED).read_bytes()
     utils.save_checkpoint(best, utils.VAE(7), note="precious")
-    assert f"{KEPT} held another run" in capsys.readouterr().out
-    assert files(best.parent) == [ASIDE, UNFINISHED_ASIDE, KEPT]
     train(few, best)
-    assert "of this run" not in capsys.readouterr().out
-    assert (
-        utils.read_metadata(best.with_name("vae_mnist5k_best.2.safetensors"))["note"] == "precious"
-    )
-    train(few, best.with_name(ASIDE))
-    assert "holds epochs 1 to 1 of this run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{KEPT} held another run" in said
+    assert "of this run" not in said
+    assert files(best.parent) == [ASIDE, UNFINISHED_ASIDE, KEPT]
+    assert utils.read_metadata(best.with_name(ASIDE))["note"] == "precious"
+    assert best.with_name(UNFINISHED_ASIDE).read_bytes() == unfinished
+
+
+def test_a_model_moved_to_the_place_of_an_unfinished_run_is_kept(few, best):
+    train(few, best, seed=1)
+    finished = best.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, seed=2, on_epoch=stop_after(1))
+    unfinished = best.with_name(UNFINISHED).read_bytes()
+    best.with_name(ASIDE).replace(best)
+    train(few, best, seed=2)
+    assert files(best.parent) == [ASIDE, UNFINISHED_ASIDE, KEPT]
+    assert best.with_name(ASIDE).read_bytes() == finished
+    assert best.with_name(UNFINISHED_ASIDE).read_bytes() == unfinished
+
+
+def test_an_unfinished_run_whose_model_is_gone_goes_on_and_is_not_overwritten(few, best):
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, on_epoch=stop_after(1))
+    best.with_name(UNFINISHED).replace(best.with_name(UNFINISHED_ASIDE))
+    unfinished = best.with_name(UNFINISHED_ASIDE).read_bytes()
+    train(few, best, epochs=1)
+    assert files(best.parent) == [UNFINISHED_ASIDE, "vae_mnist5k_best.2.safetensors", KEPT]
+    assert best.with_name(UNFINISHED_ASIDE).read_bytes() == unfinished
+    resumed, history = train(few, best.with_name(ASIDE))
+    assert len(history) == 2
+    assert same_weights(resumed, train(few)[0])
 
 
 # the code of a run
@@ -891,6 +925,31 @@ def mine(**members):
     return type("Mine", (), {**members, "__module__": "__main__"})
 
 
+class One:
+    def __init__(self, level):
+        self.level = level
+
+    def of(self, x):
+        return x
+
+
+class Other:
+    pass
+
+
+def times(factor):
+    """A decorator."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(*args):
+            return factor * function(*args)
+
+        return wrapped
+
+    return decorate
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -901,8 +960,30 @@ def mine(**members):
         (functools.partial(max, 1), functools.partial(max, 2)),
         (mine(level=1), mine(level=2)),
         (mine(level=property(lambda self: 1)), mine(level=property(lambda self: 2))),
+        (mine(level=staticmethod(lambda: 1)), mine(level=staticmethod(lambda: 2))),
+        (mine(level=classmethod(lambda kind: 1)), mine(level=classmethod(lambda kind: 2))),
+        (type("Mine", (One,), {}), type("Mine", (Other,), {})),
+        (One("a").of, One("b").of),
+        (times(2)(lambda x: x), times(3)(lambda x: x)),
+        (torch.no_grad()(lambda x: x), torch.no_grad()(lambda x: -x)),
+        ("a from 'b", "a from 'c"),
     ],
-    ids=["keyword", "order", "set", "array", "partial", "class", "property"],
+    ids=[
+        "keyword",
+        "order",
+        "set",
+        "array",
+        "partial",
+        "class",
+        "property",
+        "static",
+        "of the class",
+        "base",
+        "method",
+        "decorator",
+        "decorated",
+        "text",
+    ],
 )
 def test_what_differs_in_little_is_not_the_same(one, other):
     assert utils._code_of(one) == utils._code_of(one)
@@ -914,6 +995,26 @@ def test_the_order_of_a_set_makes_no_difference():
     one, other = {0, 8}, {8, 0}
     assert list(one) != list(other)
     assert utils._code_of(one) == utils._code_of(other)
+
+
+def test_neither_the_mode_of_the_model_nor_what_is_known_of_it_counts(few, best, capsys):
+    train(few, best, epochs=1)
+    capsys.readouterr()
+    train(few, best, model=fresh().eval(), epochs=1)
+    assert is_same_run(capsys) is True
+    model = fresh()
+    model.metadata = {"epoch": 1}
+    train(few, best, model=model, epochs=1)
+    assert is_same_run(capsys) is True
+
+
+def test_a_member_of_any_name_counts_in_what_an_objective_uses():
+    settings = types.ModuleType("mine")
+    codes = set()
+    for settings.training in (1, 2):
+        for settings.metadata in (1, 2):
+            codes.add(utils._code_of(lambda: settings))
+    assert len(codes) == 4
 
 
 def test_an_objective_is_known_by_what_it_uses_of_utils(few, best, edited, capsys):
