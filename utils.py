@@ -536,7 +536,7 @@ def fit(
         "beta": _number(beta, "beta", 0),
         "seed": _integer(seed, "seed", 0),
     }
-    metadata = json.loads(json.dumps(metadata or {}, allow_nan=False))  # as a file gives it back
+    metadata = json.loads(json.dumps(metadata or {}))  # as a file gives it back
     best = copy.deepcopy(model).eval()  # the running average after its best epoch
     best.metadata = {}
     path = None

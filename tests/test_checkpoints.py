@@ -438,6 +438,12 @@ def test_load_best_takes_ones_own_and_says_which(tmp_path, capsys):
     assert "99.99" not in line
 
 
+def test_load_best_takes_a_model_that_fit_did_not_train(tmp_path, capsys):
+    path = save(tmp_path)
+    assert utils.load_best(tmp_path, "mnist5k").latent_dim == 3
+    assert f"{path.name}: your own, 3 latent dimensions, beta 1, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["vae", "ae"])
 def test_load_best_falls_back_to_the_reference_of_mnist(tmp_path, capsys, kind):
     path = save(tmp_path, kind, "mnist", "reference", settings={"beta": 1.0})

@@ -302,7 +302,14 @@ def test_digits_grid_draws_what_it_was_given(images):
     assert colours == [("gray", 0, 1), ("RdBu", -1, 1), ("gray", 0, 1)]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0.5, 1.5, 2.5]
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 3), (3, 0)), "the first row is at the top"
+    plt.close(figure)
+
+
+def test_digits_grid_is_as_wide_as_its_longest_row(images):
+    figure = utils.digits_grid([images[:1], images[:3]])
+    assert figure.axes[0].get_xlim() == (0, 3)
     plt.close(figure)
 
 

@@ -117,6 +117,15 @@ def test_noise_repeats_with_its_generator_alone(model):
         assert not torch.equal(use(None), use(None))
 
 
+def test_noise_is_drawn_where_its_generator_lives():
+    generator = torch.Generator().manual_seed(0)
+    mu = torch.zeros(2, 3, device="meta")
+    assert utils.reparameterize(mu, mu, generator).device.type == "meta"
+    drawn = torch.Generator().manual_seed(0)
+    torch.randn(2, 3, generator=drawn)
+    assert torch.equal(generator.get_state(), drawn.get_state())
+
+
 # model
 
 

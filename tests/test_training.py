@@ -716,6 +716,13 @@ def test_without_what_it_takes_to_go_on_a_run_starts_anew(few, best):
     assert files(best.parent) == [ASIDE, KEPT]
 
 
+def test_metadata_are_those_of_the_call(few, best):
+    """Whatever happens to them meanwhile."""
+    metadata = {"notes": ["before"]}
+    train(few, best, metadata=metadata, on_epoch=lambda *_: metadata["notes"].append("after"))
+    assert utils.read_metadata(best)["notes"] == ["before"]
+
+
 def test_what_is_known_of_a_run_counts_before_metadata_of_the_same_name(few, best):
     model, history = train(few, best, metadata={"epoch": 99, "history": [], "mine": 1}, epochs=1)
     assert model.metadata["history"] == history
@@ -966,7 +973,7 @@ def times(factor):
         (One("a").of, One("b").of),
         (times(2)(lambda x: x), times(3)(lambda x: x)),
         (torch.no_grad()(lambda x: x), torch.no_grad()(lambda x: -x)),
-        ("a from 'b", "a from 'c"),
+        ("a from 'b'", "a from 'c'"),
     ],
     ids=[
         "keyword",
@@ -1142,6 +1149,11 @@ def test_a_link_to_nothing_becomes_a_file(few, tmp_path):
     train(few, link)
     assert utils.load_checkpoint(link).metadata["epoch"] > 0
     assert files(tmp_path) == ["link"]
+
+
+def test_folders_are_made(few, tmp_path):
+    train(few, tmp_path / "a/b/c", epochs=1)
+    assert files(tmp_path / "a/b") == ["c"]
 
 
 @pytest.mark.parametrize("name", ["a[1]_best.safetensors", "v.v2.safetensors", "no_ending"])
