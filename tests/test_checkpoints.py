@@ -288,7 +288,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, model, read):
         with pytest.raises(utils.CheckpointError) as caught:
             read(tmp_path / name)
         text = str(caught.value)
-        assert f"{tmp_path / name} is no sound checkpoint of this project" in text
+        assert f"{tmp_path / name} is damaged, or no checkpoint of ours" in text
         assert "\n" not in text
 
 
@@ -348,7 +348,7 @@ def test_damage_is_refused_or_makes_no_difference(path, model):
         try:
             loaded = utils.load_checkpoint(path)
         except utils.CheckpointError as error:
-            assert "no sound checkpoint" in str(error)
+            assert "is damaged, or no checkpoint" in str(error)
             refused += 1
         else:
             assert same_weights(model, loaded)
@@ -498,4 +498,4 @@ def test_load_best_leaves_out_another_network_and_a_damaged_file(tmp_path, edite
     own = save(tmp_path)
     own.write_bytes(own.read_bytes()[:-1])
     assert utils.load_best(tmp_path, "mnist5k").metadata["data"] == "mnist"
-    assert f"Left out: {own} is no sound checkpoint" in capsys.readouterr().out
+    assert f"Left out: {own} is damaged, or no checkpoint" in capsys.readouterr().out

@@ -276,6 +276,9 @@ def test_a_digit_is_left_out_of_every_split(digits):
         assert torch.equal(part.labels, whole.labels[keep])
         assert torch.equal(part.images, whole.images[keep])
     assert utils.leave_out(digits, None) is digits
+    for digit in (4.0, -1, 10, "4"):
+        with pytest.raises((TypeError, ValueError), match="^digit "):
+            utils.leave_out(digits, digit)
 
 
 def test_bad_arguments_are_named():

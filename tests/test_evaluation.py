@@ -337,7 +337,7 @@ def test_images_are_checked_at_every_door_and_no_global_seed_is_set(model, image
     use(model, images)
     assert random_states() == before
     for x in (images.double(), images.numpy()):
-        with pytest.raises(TypeError, match="must be a torch.Tensor of float32, not of "):
+        with pytest.raises(TypeError, match="must be a torch.Tensor of float32, not "):
             use(model, x)
     for x in (images[:, 0], images[..., :27], images[:0]):
         with pytest.raises(ValueError, match="must have the shape"):

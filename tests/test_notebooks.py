@@ -170,8 +170,9 @@ EDITS = {
     "width": ("384", "256"),
     "activation": ("nn.GELU()", "nn.SiLU()"),
     "loss": (
-        "return Loss(bce + beta * kl, bce, kl)",
-        "return Loss(bce + beta * kl + (logits.sigmoid() - x).square().sum(), bce, kl)",
+        "    return Loss(bce + beta * kl, bce, kl)\n\n\ndef bce_per_image",
+        "    error = (logits.sigmoid() - x).square().sum()\n"
+        "    return Loss(bce + beta * kl + error, bce, kl)\n\n\ndef bce_per_image",
     ),
 }
 RUNS = {
