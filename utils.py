@@ -674,7 +674,7 @@ def _format_row(row, settings):
 
 def _progress_bar(steps, name, **options):
     """tqdm's bar in a terminal or a live notebook; none in a log. `options` are tqdm's."""
-    in_notebook = _is_live_notebook()
+    in_notebook = is_live_notebook()
     in_terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         steps,
@@ -687,7 +687,7 @@ def _progress_bar(steps, name, **options):
     )
 
 
-def _is_live_notebook():
+def is_live_notebook():
     """Whether a person runs this in a notebook. papermill and nbconvert allow no input."""
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is not None and kernel.get_parent()["content"].get("allow_stdin", False)

@@ -201,13 +201,13 @@ EDITS = {
     "no weight decay": Edit(
         "no weight decay: `WEIGHT_DECAY = 0.0`", [("WEIGHT_DECAY = 0.1", "WEIGHT_DECAY = 0.0")]
     ),
-    "half the width": Edit("half the width: `384` → `192`", [("384", "192")]),
+    "half the width": Edit("dense layers of half the width: `384` → `192`", [("384", "192")]),
     "latent 16": Edit(
         "16 latent dimensions: `-p LATENT_DIM 16`, no edit",
         [("latent_dim=32", "latent_dim=16")],
     ),
     "warm-up": Edit(
-        "KL warm-up: in `elbo`, `beta` → `beta * min(1, 5 * progress)`",
+        "KL warm-up: in the last line of `elbo`, `beta` → `beta * min(1, 5 * progress)`",
         [
             (
                 "return vae_loss(logits, x, mu, logvar, beta)",
