@@ -1,8 +1,8 @@
 """A convolutional variational autoencoder (VAE) that learns to reconstruct MNIST.
 
 Everything that the two notebooks share, in the order in which data flows: data, model, loss,
-training (and the code by which a run is known), checkpoints, evaluation, robustness and anomalies,
-one's own digit, figures. The checks of arguments stand at the end.
+training (and the code that identifies a run), checkpoints, evaluation, robustness and anomalies,
+your own digit, figures. The checks of arguments stand at the end.
 The model follows Kingma & Welling, "Auto-Encoding Variational Bayes" (2013,
 https://arxiv.org/abs/1312.6114).
 
@@ -13,9 +13,10 @@ One convention holds everywhere: a loss is summed over the pixels or latent dime
 and averaged over images, in nats per image. `loss` is BCE + beta * KL on a sampled z; with
 beta = 1 it is the negative evidence lower bound, -ELBO. Figures show the decoded mean.
 
-To change something, edit this file and train again: the network is `Encoder` and `Decoder`, the
-loss is `vae_loss`, a training step is `elbo` and `train_step`, the schedule is `learning_rate_at`.
-A run is identified by its code, too: an edit of what training uses starts a new one.
+To change something, edit this file and train again: the network is `Encoder` and `Decoder`, a
+training step is `elbo` and `train_step`, its loss is `vae_loss` (validation adds up `bce_per_image`
+and `kl_per_dimension`), the schedule is `learning_rate_at`. A run is identified by its code, too:
+an edit of what training uses starts a new one.
 """
 
 import contextlib
@@ -587,8 +588,8 @@ def fit(
             model.zero_grad()
             kept = "Nothing of this run is kept: none of its epochs was saved."
             if saved:
-                kept = f"{path} keeps the best of {saved} epochs; the same call goes on from there."
-            error.args = (f"{error} Stopped. {kept}".strip(),)  # Ctrl-C has no text
+                kept = f"{path} keeps the best of epochs 1 to {saved}; the same call goes on there."
+            error.args = (f"{error}\nStopped. {kept}".strip(),)  # Ctrl-C has no text
             raise
     model.load_state_dict(best.state_dict())
     model.metadata = best.metadata

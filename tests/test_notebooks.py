@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -67,6 +69,16 @@ def test_cells_are_short_and_settings_stand_once(name):
     others = "\n".join(cell.source for cell in cells if cell.source != settings)
     for setting in names:
         assert not re.search(rf"^{setting} = ", others, flags=re.MULTILINE), setting
+
+
+def test_the_training_cell_stops_at_an_error_in_utils(tmp_path):
+    """The kernel would go on with the code from before the edit."""
+    notebook = nbformat.read(ROOT / TRAINING, 4)
+    (source,) = [cell.source for cell in notebook.cells if "utils.fit(\n" in cell.source]
+    broken = tmp_path / "utils.py"
+    broken.write_text("WEIGHT_DECAY = none\n", encoding="utf-8")
+    with pytest.raises(NameError, match="none"):
+        exec(source, {"runpy": runpy, "utils": SimpleNamespace(__file__=broken)})
 
 
 # shrunken runs

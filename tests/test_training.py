@@ -482,7 +482,7 @@ def test_a_run_that_stops_gives_back_the_weights_that_the_model_came_with(few, b
     with pytest.raises(error) as caught:
         train(few, best, model=model, epochs=3, on_epoch=stop_after(2, error))
     said = str(caught.value) + capsys.readouterr().out
-    assert f"{best} keeps the best of 2 epochs; the same call goes on" in said
+    assert f"{best} keeps the best of epochs 1 to 2; the same call goes on" in said
     assert holds(model, start)
     assert all(p.grad is None for p in model.parameters())
     kept = utils.load_checkpoint(best)
@@ -562,7 +562,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(few, best):
         train(few, best, model=model, learning_rate=1e20)
     assert holds(model, start)
     assert not best.exists()
-    with pytest.raises(FloatingPointError, match="at epoch 2: .*keeps the best of 1 epoch"):
+    with pytest.raises(FloatingPointError, match="(?s)at epoch 2: .*the best of epochs 1 to 1"):
         train(few, best, model=model, objective=diverging)
     assert holds(model, start)
     assert utils.load_checkpoint(best).metadata["epoch"] == 1
@@ -1105,7 +1105,7 @@ def test_a_disk_that_fills_stops_the_run_and_keeps_what_was_saved(
         came_with = weights_of(model)
         with pytest.raises(utils.CheckpointError, match="No space left on device") as caught:
             train(few, best, epochs=3, seed=2, model=model)
-    kept = "Nothing of this run" if epoch == 1 else f"keeps the best of {epoch - 1} epochs"
+    kept = "Nothing of this run" if epoch == 1 else f"keeps the best of epochs 1 to {epoch - 1}"
     assert kept in str(caught.value)
     assert holds(model, came_with)
     assert before in [path.read_bytes() for path in best.parent.glob("vae*.safetensors")]
