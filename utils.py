@@ -575,7 +575,13 @@ def fit(
                 best_row = min(history, key=lambda row: row["val_loss"])
                 if best_row is row:  # this epoch is the best so far
                     best.load_state_dict(average.module.state_dict())
-                best.metadata = metadata | best_row | {"settings": settings, "history": history}
+                best.metadata = {
+                    **metadata,
+                    **best_row,
+                    "settings": settings,
+                    "history": history,
+                    "run": best.metadata.get("run", time.time()),  # tells it from its like
+                }
                 if path:
                     if not saved:  # until now another run's files have stayed in their place
                         _set_aside(path, settings)
@@ -703,7 +709,7 @@ def _restore(path, resume, settings, parts):
     history = known.get("history", [])
     # A model's file alone, with no .unfinished file beside it, is enough if the run is finished.
     can_go_on = "model" in states or len(history) == settings["epochs"]
-    if not resume or not can_go_on or known.get("settings") != settings:
+    if not (resume and can_go_on and known.get("run") and known["settings"] == settings):
         return []
     for name, state in states.items():
         parts[name].load_state_dict(state)
@@ -754,7 +760,7 @@ def _read_run(path):
     if path.exists():
         header, tensors = _read_checkpoint(path)
         of_model = header["metadata"]
-        if not states or of_model.get("settings") != known["settings"]:
+        if not states or of_model.get("run") != known.get("run"):
             return of_model, {"best": tensors}
     return known, states
 
@@ -798,7 +804,8 @@ def _code_of(value):
         text = type(value).__name__ if parts else repr(value)
         # Addresses, and the folders of modules, differ from process to process.
         told.append(re.sub(r" at 0x[0-9A-Fa-f]+|(?<=') from '.+'(?=>$)| \(frozen\)", "", text))
-        if isinstance(value, tuple) or id(value) not in seen:  # equal tuples may be one or two
+        # Whether equal constants are one object or two is up to Python.
+        if isinstance(value, tuple | frozenset) or id(value) not in seen:
             seen[id(value)] = value
             waiting += parts
     return _digest({}, "\n".join(told))
@@ -810,7 +817,7 @@ def _parts_of(value):
     That is a number or a text, and whatever comes with a package.
     """
     if isinstance(value, list | tuple):
-        return list(value)
+        return [type(value), *value]
     if isinstance(value, set | frozenset):
         return sorted(value, key=repr)
     if isinstance(value, dict):
@@ -819,8 +826,6 @@ def _parts_of(value):
         return [value.requires_grad, _digest({"": value})]
     if isinstance(value, functools.partial | types.MethodType | np.ndarray):
         return list(value.__reduce__())  # such as the function, and what is bound to it
-    if not hasattr(value, "__dict__"):
-        return []
     # The module that defines it; a module is its own.
     home = getattr(value, "__module__", None) or getattr(value, "__name__", "builtins")
     if _is_installed(home) and not isinstance(value, nn.Module):
@@ -829,11 +834,12 @@ def _parts_of(value):
         return _parts_of_function(value)
     members = {  # without __doc__, __firstlineno__ and the like
         name: getattr(member, "fget", member)  # the function of a property
-        for name, member in sorted(vars(value).items())
+        for name, member in sorted(getattr(value, "__dict__", {}).items())
         if callable(member) or name[:2] != "__"
     }
     return [
         type(value),
+        repr(value),
         getattr(value, "__bases__", ()),
         getattr(value, "__wrapped__", None),  # the function of a static or a class method
         members,
@@ -841,28 +847,27 @@ def _parts_of(value):
 
 
 def _parts_of_function(function):
-    """What a function uses: its bytecode, globals, variables of outer functions and defaults."""
+    """Its bytecode, and what it uses: globals, defaults, attributes, variables around it."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    parts = [function.__defaults__, function.__kwdefaults__, cells]
+    parts = [function.__defaults__, function.__kwdefaults__, vars(function), cells]
     codes = [function.__code__]
     for code in codes:  # it grows by the functions in functions
         # Before Python 3.13, the names of a call's arguments are among the constants alone.
         parts += [code.co_varnames, [c for c in code.co_consts if isinstance(c, tuple)]]
-        for instruction in dis.get_instructions(code):
+        instructions = [
+            instruction
+            for instruction in dis.get_instructions(code)
+            if instruction.opname not in ("NOP", "PUSH_NULL", "EXTENDED_ARG")  # layout
+        ]
+        for instruction in instructions:
             argument = instruction.argval
-            if instruction.opname in ("NOP", "PUSH_NULL", "EXTENDED_ARG"):  # layout
-                continue
-            if instruction.argrepr.startswith("to "):  # a jump: layout moves where it goes to
-                argument = None
+            if re.fullmatch(r"to L?\d+", instruction.argrepr):  # a jump, to an offset in bytes
+                argument = sum(other.offset < argument for other in instructions)
             if isinstance(argument, types.CodeType):  # a function in the function
                 codes.append(argument)
                 continue
             # IPython recompiles a function alone after an edit: its calls of methods differ then.
-            parts += [
-                instruction.opname.replace("METHOD", "ATTR"),
-                argument,
-                instruction.is_jump_target,
-            ]
+            parts += [instruction.opname.replace("METHOD", "ATTR"), argument]
             if instruction.opname == "LOAD_GLOBAL":
                 parts.append(function.__globals__.get(argument))
     return parts
@@ -899,7 +904,8 @@ def save_checkpoint(path, model, **metadata):
     The previous file then stays.
     """
     path = Path(path).expanduser()
-    content = _pack(model, {**getattr(model, "metadata", {}), **metadata})
+    known = getattr(model, "metadata", {})
+    content = _pack(model, {**known, **metadata, "run": None})  # `fit` cannot go on from it
     with _lock(path):
         _write(path, content)
 
@@ -1167,13 +1173,6 @@ def log_likelihood(model, images, num_samples=500, seed=0):
         log_ratio = (0.5 * (eps.square() - z.square()) + sigma.log()).sum(1).cpu().double()
         log_weights.append(log_ratio - _bce_of_codes(model, z, images))
     return torch.stack(log_weights).logsumexp(0) - math.log(num_samples)
-
-
-def interpolate(start, end, steps):
-    """`steps` codes in a straight line from start to end, both (D,): -> (steps, D)."""
-    _integer(steps, "steps", 2)
-    share = torch.linspace(0, 1, steps, device=start.device)[:, None]
-    return (1 - share) * start + share * end
 
 
 def fit_mixture(model, images, num_components=50, seed=0):

@@ -17,7 +17,7 @@ from torch import nn
 import utils
 
 METADATA = {"data": "mnist5k", "epoch": 3, "history": [{"epoch": 1, "val_loss": 2.5}], "note": None}
-MADE = {"model_class", "latent_dim", "variational", "versions", "saved"}  # by save_checkpoint
+MADE = {"model_class", "latent_dim", "variational", "versions", "saved", "run"}  # when saved
 
 
 @pytest.fixture

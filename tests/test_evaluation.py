@@ -144,12 +144,6 @@ def test_a_plain_autoencoder_has_no_likelihood(images):
 # latent space
 
 
-def test_interpolation_runs_in_a_straight_line():
-    found = utils.interpolate(torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 3.0]), 4)
-    expected = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0], [-1.0, 3.0]])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
 def test_a_mixture_of_one_gaussian_is_that_of_the_codes_of_all_images(digits):
     """In double precision: in single, covariances lose their symmetry. Also of an autoencoder."""
     torch.manual_seed(0)
@@ -347,9 +341,6 @@ def test_images_are_checked_at_every_door_and_no_global_seed_is_set(model, image
             use(model, x)
 
 
-ONES = torch.ones(2)
-
-
 @pytest.mark.parametrize(
     "call, says",
     [
@@ -358,7 +349,6 @@ ONES = torch.ones(2)
         (lambda model, x: utils.corrupt(x, "fog", 1), "^kind must be one of .* not 'fog'"),
         (lambda model, x: utils.corrupt(x, "occlusion", -1), "^level "),
         (lambda model, x: utils.corrupt(x, "blur", math.nan), "^level "),
-        (lambda model, x: utils.interpolate(ONES, ONES, 1), "^steps "),
     ],
 )
 def test_what_makes_no_sense_is_named(model, images, call, says):

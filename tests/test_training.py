@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -769,6 +770,45 @@ def test_a_model_moved_to_the_place_of_an_unfinished_run_is_kept(few, best):
     assert best.with_name(UNFINISHED_ASIDE).read_bytes() == unfinished
 
 
+def test_a_finished_run_moved_to_the_place_of_its_repetition_is_kept(few, best):
+    """Two runs of the same settings."""
+    train(few, best)
+    finished = best.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train(few, best, resume=False, on_epoch=stop_after(1))
+    best.with_name(ASIDE).replace(best)
+    train(few, best, objective=utils.elbo)
+    assert best.read_bytes() == finished
+
+
+@pytest.mark.parametrize("epochs_before", [1, 2])
+def test_what_was_changed_and_saved_is_no_longer_the_run(few, best, capsys, epochs_before):
+    """In the place of an unfinished run, and of a finished one."""
+    if epochs_before == 1:
+        with pytest.raises(KeyboardInterrupt):
+            train(few, best, on_epoch=stop_after(1))
+    else:
+        train(few, best)
+    model = utils.load_checkpoint(best)
+    model.decoder.conv[0].bias.data += 1
+    utils.save_checkpoint(best, model)
+    saved = best.read_bytes()
+    capsys.readouterr()
+    again, _ = train(few, best)
+    assert "of this run" not in capsys.readouterr().out
+    assert best.with_name(ASIDE).read_bytes() == saved
+    assert same_weights(again, train(few)[0])
+
+
+def test_a_model_of_another_unfinished_run_is_no_part_of_this_one(few, best):
+    for seed in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(few, best, seed=seed, on_epoch=stop_after(1))
+    best.with_name(ASIDE).replace(best)
+    resumed, _ = train(few, best, seed=1)
+    assert same_weights(resumed, train(few, seed=1)[0])
+
+
 def test_an_unfinished_run_whose_model_is_gone_goes_on_and_is_not_overwritten(few, best):
     with pytest.raises(KeyboardInterrupt):
         train(few, best, on_epoch=stop_after(1))
@@ -818,18 +858,21 @@ def test_an_edit_of_utils_starts_a_new_run(few, best, edited, capsys, old, new, 
     assert files(best.parent) == [ASIDE, KEPT]
 
 
-def test_what_a_line_moved_into_an_if_does_is_an_edit(few, best, capsys):
+def test_what_a_line_moved_from_if_to_if_does_is_an_edit(few, best, capsys):
     code = """
 def mine(model, x, generator, beta, progress):
-    if progress > 2:
-        x = x.flip(3)
-    beta = 4 * beta
+    if beta:
+        if progress > 2:
+            if model.training:
+                x = x.flip(3)
+            beta = 4 * beta
     return utils.elbo(model, x, generator, beta, progress)
 """
-    for changed in (code, code.replace("    beta = 4", "        beta = 4")):
+    for spaces in (16, 12, 8, 4):
         capsys.readouterr()
-        train(few, best, objective=typed(changed)["mine"], epochs=1)
-    assert is_same_run(capsys) == "the objective changed"
+        moved = code.replace(12 * " " + "beta", spaces * " " + "beta")
+        train(few, best, objective=typed(moved)["mine"], epochs=1)
+        assert spaces == 16 or is_same_run(capsys) == "the objective changed"
 
 
 def test_frozen_weights_are_another_run(few, best, capsys):
@@ -958,6 +1001,46 @@ class Other:
     pass
 
 
+class Tuple(NamedTuple):
+    level: int
+
+    def of(self, x):
+        return x
+
+
+class OtherTuple(NamedTuple):
+    level: int
+
+    def of(self, x):
+        return -x
+
+
+class Slots:
+    __slots__ = ()
+
+    def of(self, x):
+        return x
+
+
+class OtherSlots:
+    __slots__ = ()
+
+    def of(self, x):
+        return -x
+
+
+OtherTuple.__name__ = OtherTuple.__qualname__ = "Tuple"
+OtherSlots.__name__ = OtherSlots.__qualname__ = "Slots"
+
+
+def noted(level):
+    def function():
+        return function.level
+
+    function.level = level
+    return function
+
+
 def times(factor):
     """A decorator."""
 
@@ -988,6 +1071,11 @@ def times(factor):
         (times(2)(lambda x: x), times(3)(lambda x: x)),
         (torch.no_grad()(lambda x: x), torch.no_grad()(lambda x: -x)),
         ("a from 'b'", "a from 'c'"),
+        (Tuple(1), OtherTuple(1)),
+        (Slots(), OtherSlots()),
+        (noted(1), noted(2)),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
     ],
     ids=[
         "keyword",
@@ -1004,6 +1092,11 @@ def times(factor):
         "decorator",
         "decorated",
         "text",
+        "named tuple",
+        "slots",
+        "attribute",
+        "shape",
+        "dtype",
     ],
 )
 def test_what_differs_in_little_is_not_the_same(one, other):
@@ -1011,11 +1104,35 @@ def test_what_differs_in_little_is_not_the_same(one, other):
     assert utils._code_of(one) != utils._code_of(other)
 
 
-def test_the_order_of_a_set_makes_no_difference():
+def test_layout_that_moves_jumps_is_no_edit():
+    code = """
+def mine(x):
+    while x:
+        try:
+            x = next(x)
+        except StopIteration:
+            x = None
+"""
+    codes = []
+    for layout in (code, code.replace("try:\n            x", "try: x")):
+        codes.append(typed(layout)["mine"])
+    assert utils._code_of(codes[0]) == utils._code_of(codes[1])
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_the_order_of_a_set_makes_no_difference(kind):
     """It differs from process to process."""
-    one, other = {0, 8}, {8, 0}
+    one, other = kind([0, 8]), kind([8, 0])
     assert list(one) != list(other)
     assert utils._code_of(one) == utils._code_of(other)
+
+
+@pytest.mark.parametrize("kind", [tuple, frozenset])
+def test_whether_constants_are_one_object_makes_no_difference(kind):
+    """A function alone has its own, where those of a file share them."""
+    one, other = kind([1, 2]), kind([1, 2])
+    assert one is not other
+    assert utils._code_of([one, other]) == utils._code_of([one, one])
 
 
 def test_neither_the_mode_of_the_model_nor_what_is_known_of_it_counts(few, best, capsys):
@@ -1165,9 +1282,14 @@ def test_a_link_to_nothing_becomes_a_file(few, tmp_path):
     assert files(tmp_path) == ["link"]
 
 
-def test_folders_are_made(few, tmp_path):
-    train(few, tmp_path / "a/b/c", epochs=1)
+def test_folders_are_made(few, tmp_path, monkeypatch):
+    """Also in the user's home, by its short name."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    model, _ = train(few, "~/a/b/c", epochs=1)
+    utils.save_checkpoint("~/a/d", model)
     assert files(tmp_path / "a/b") == ["c"]
+    assert utils.read_metadata("~/a/d")["epoch"] == utils.load_checkpoint("~/a/d").metadata["epoch"]
 
 
 @pytest.mark.parametrize("name", ["a[1]_best.safetensors", "v.v2.safetensors", "no_ending"])
