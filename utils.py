@@ -579,7 +579,7 @@ def fit(
                     **metadata,
                     **best_row,
                     "settings": settings,
-                    "history": history,
+                    "history": history.copy(),
                     "run": best.metadata.get("run", time.time()),  # tells it from its like
                 }
                 if path:
@@ -840,7 +840,7 @@ def _parts_of(value):
     return [
         type(value),
         repr(value),
-        getattr(value, "__bases__", ()),
+        getattr(value, "__bases__", None),
         getattr(value, "__wrapped__", None),  # the function of a static or a class method
         members,
     ]

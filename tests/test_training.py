@@ -731,10 +731,13 @@ def test_without_what_it_takes_to_go_on_a_run_starts_anew(few, best):
 
 
 def test_metadata_are_those_of_the_call(few, best):
-    """Whatever happens to them meanwhile."""
+    """Whatever happens to them, or to the history, meanwhile and later."""
     metadata = {"notes": ["before"]}
-    train(few, best, metadata=metadata, on_epoch=lambda *_: metadata["notes"].append("after"))
+    note = lambda *_: metadata["notes"].append("after")  # noqa: E731
+    model, history = train(few, best, metadata=metadata, on_epoch=note)
     assert utils.read_metadata(best)["notes"] == ["before"]
+    history.clear()
+    assert len(model.metadata["history"]) == 2
 
 
 def test_what_is_known_of_a_run_counts_before_metadata_of_the_same_name(few, best):
