@@ -221,9 +221,13 @@ def test_a_picture_is_found_by_its_name(page):
     in_a_thread(draw, page, SEVEN)
     in_a_thread(field.set_state, {"value": ' "images/example_digit.jpg" '})
     assert "training digits: 5 (" in said(page) and page["strokes"] == []
-    for wrong in ("no_such.jpg", "images", "README.md"):
+    for wrong, says in (
+        ("no_such.jpg", "There is no no_such.jpg in this"),
+        ("images", "images cannot be read"),
+        ("README.md", "README.md cannot be read"),
+    ):
         in_a_thread(field.set_state, {"value": wrong})
-        assert wrong in said(page) and is_empty(page)
+        assert says in said(page) and is_empty(page)
     in_a_thread(page["clear"], None)
     assert field.value == ""
 
