@@ -524,7 +524,8 @@ def fit(
     the CPU of the same machine, with the same number of threads, it ends with the same weights bit
     for bit. A run is identified by its settings, its images, its initial weights and its code: that
     of utils.py, of the model and of the objective. The files of another run are renamed, not
-    overwritten; so are those of this run with `resume=False`, which always starts anew.
+    overwritten; so are those of this run with `resume=False`, which always starts anew. What the
+    model or the objective counts or collects is restored only if it is in the model's state_dict.
 
     Raises TypeError or ValueError for a bad argument; OSError for a folder that cannot be written
     or a file that cannot be read, TimeoutError for one that another process is using;
@@ -544,7 +545,6 @@ def fit(
     }
     metadata = json.loads(json.dumps(metadata or {}))  # as a file gives it back
     best = copy.deepcopy(model).eval()  # the running average after its best epoch
-    best.metadata = {}  # what is known of the model does not identify the run
     path = None
     if checkpoint is not None:
         path = Path(checkpoint).expanduser()
@@ -580,7 +580,7 @@ def fit(
                     **best_row,
                     "settings": settings,
                     "history": history.copy(),
-                    "run": best.metadata.get("run", time.time()),  # tells it from its like
+                    "run": history[0]["seconds"],  # no two runs take the same time
                 }
                 if path:
                     if not saved:  # until now another run's files have stayed in their place
@@ -832,10 +832,10 @@ def _parts_of(value):
         return []
     if isinstance(value, types.FunctionType):
         return _parts_of_function(value)
-    members = {  # without __doc__, __firstlineno__ and the like
+    members = {  # without what is known of a network, __doc__, __firstlineno__ and the like
         name: getattr(member, "fget", member)  # the function of a property
         for name, member in sorted(getattr(value, "__dict__", {}).items())
-        if callable(member) or name[:2] != "__"
+        if name != "metadata" and (callable(member) or name[:2] != "__")
     }
     return [
         type(value),
@@ -879,7 +879,7 @@ def _is_installed(module_name):
         return False
     file = getattr(sys.modules.get(module_name), "__file__", None) or ""
     in_python = module_name.split(".")[0] in sys.stdlib_module_names
-    return in_python or "-packages" in file  # site-packages, or Debian's dist-packages
+    return in_python or re.search(r"[/\\](site|dist)-packages[/\\]", file)
 
 
 # ---------------------------------------- Checkpoints ----------------------------------------

@@ -1149,13 +1149,30 @@ def test_neither_the_mode_of_the_model_nor_what_is_known_of_it_counts(few, best,
     assert is_same_run(capsys) is True
 
 
-def test_a_member_of_any_name_counts_in_what_an_objective_uses():
-    settings = types.ModuleType("mine")
-    codes = set()
-    for settings.training in (1, 2):
-        for settings.metadata in (1, 2):
-            codes.add(utils._code_of(lambda: settings))
-    assert len(codes) == 4
+def test_the_mode_of_a_network_that_an_objective_uses_counts_and_what_is_known_of_it_does_not():
+    teacher = utils.VAE(2)
+    codes = {utils._code_of(lambda: teacher)}
+    teacher.metadata = {"seconds": 1}
+    codes.add(utils._code_of(lambda: teacher))
+    assert len(codes) == 1
+    teacher.eval()
+    codes.add(utils._code_of(lambda: teacher))
+    assert len(codes) == 2
+
+
+def test_code_in_a_folder_whose_name_is_like_that_of_packages_counts(monkeypatch):
+    own, installed = types.ModuleType("own"), types.ModuleType("installed")
+    own.__file__ = "/home/me/my-packages/own.py"
+    installed.__file__ = "/usr/lib/python3/dist-packages/installed.py"
+    for module in (own, installed):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    changed = {}
+    for module in (own, installed):
+        codes = set()
+        for module.level in (1, 2):
+            codes.add(utils._code_of(module))
+        changed[module.__name__] = len(codes) == 2
+    assert changed == {"own": True, "installed": False}
 
 
 def test_an_objective_is_known_by_what_it_uses_of_utils(few, best, edited, capsys):
