@@ -220,6 +220,7 @@ def test_a_download_waits_no_longer_than_the_timeout(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         utils.load_images("mnist", tmp_path)
     assert waits == [utils.NETWORK_TIMEOUT]
+    assert utils.NETWORK_TIMEOUT <= 10, "seconds that a person waits for nothing"
     assert socket.getdefaulttimeout() is None
 
 
@@ -244,6 +245,14 @@ def test_the_5000_are_split_in_three_with_every_digit_alike(digits):
     for split, same in zip(splits_of(digits), splits_of(again), strict=True):
         assert torch.equal(split.images, same.images)
         assert torch.equal(split.labels, same.labels)
+
+
+def test_the_5000_are_split_as_they_were_for_the_numbers_of_the_readme(digits):
+    hashes = []
+    for split in splits_of(digits):
+        pixels = (255 * split.images).round().byte().numpy()
+        hashes.append(hashlib.sha256(pixels.tobytes()).hexdigest()[:8])
+    assert hashes == ["1029b094", "5b41d415", "c4e5846f"]
 
 
 def test_the_5000_are_real_digits_with_their_labels(digits):

@@ -136,6 +136,12 @@ def test_log_likelihood_is_that_of_the_integral(images):
     assert (estimate - elbo).mean() > 0.8, "the bound is tight here, and the test shows nothing"
 
 
+def test_log_likelihood_is_finite_where_the_variance_vanishes(model, images, monkeypatch):
+    encoded = torch.zeros(len(images), 4), torch.full((len(images), 4), -300.0)
+    monkeypatch.setattr(model, "encode", lambda x: encoded)
+    assert utils.log_likelihood(model, images, 2).isfinite().all()
+
+
 def test_a_plain_autoencoder_has_no_likelihood(images):
     with pytest.raises(ValueError, match="plain autoencoder has no likelihood"):
         utils.log_likelihood(utils.VAE(2, variational=False), images)
@@ -158,7 +164,33 @@ def test_a_mixture_of_one_gaussian_is_that_of_the_codes_of_all_images(digits):
     torch.testing.assert_close(log_p, expected.log_prob(codes[:20]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_mixture_has_50_gaussians_and_follows_from_its_seed(digits, model):
+    images = digits.train.images[:100]
+    first, again, other = [utils.fit_mixture(model, images, seed=seed).means_ for seed in (0, 0, 2)]
+    assert first.shape == (50, 4)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
 # corruptions
+
+
+def test_the_levels_are_those_of_the_figures():
+    assert {kind: corruption.levels for kind, corruption in utils.CORRUPTIONS.items()} == {
+        "noise": (0.1, 0.2, 0.3, 0.5),
+        "salt and pepper": (0.02, 0.05, 0.1, 0.2),
+        "occlusion": (4, 8, 12, 16),
+        "blur": (0.5, 1.0, 1.5, 2.0),
+        "dimming": (0.2, 0.4, 0.6, 0.8),
+        "rotation": (10, 20, 30, 45),
+    }, EDITED
+
+
+def test_a_blur_reaches_three_standard_deviations():
+    dot = torch.zeros(1, 1, 28, 28)
+    dot[0, 0, 14, 14] = 1
+    blurred = utils.corrupt(dot, "blur", 4.0)
+    assert blurred[0, 0, 14, 26] > 0
 
 
 def grey(value, n=200):
@@ -297,6 +329,10 @@ def test_digits_grid_draws_what_it_was_given(images):
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
     assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0.5, 1.5, 2.5]
+    tick = ax.xaxis.get_major_ticks()[0]
+    assert tick.label2.get_visible() and not tick.label1.get_visible(), "they stand above"
+    assert {label.get_fontsize() for label in ax.get_yticklabels()} == {9}
+    assert {strip.get_interpolation() for strip in ax.images} == {"nearest"}
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 3), (3, 0)), "the first row is at the top"
     plt.close(figure)
 
@@ -304,6 +340,7 @@ def test_digits_grid_draws_what_it_was_given(images):
 def test_digits_grid_is_as_wide_as_its_longest_row(images):
     figure = utils.digits_grid([images[:1], images[:3]])
     assert figure.axes[0].get_xlim() == (0, 3)
+    assert figure.get_size_inches().tolist() == [3 * 0.75 + 1, 2 * 0.75 + 0.3]
     plt.close(figure)
 
 

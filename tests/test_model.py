@@ -196,7 +196,19 @@ def test_looking_does_not_change_the_model(model, digits):
     utils.anomaly_score(model, x)
     model.sample(3)
     assert model.training
+    with pytest.raises(RuntimeError):
+        model.decode_images(torch.zeros(1, 3))
+    assert model.training, "also after an error"
     assert same_weights(model, before)
+    model.eval()
+    model.sample(3)
+    assert not model.training
+
+
+def test_log_variances_are_bounded_where_float32_is_exact_enough():
+    logvar = torch.tensor([-1e4, -30.0, 25.0, 1e4])
+    kl = 0.5 * (logvar.clamp(-30, 30).exp() - 1 - logvar.clamp(-30, 30))
+    torch.testing.assert_close(utils.kl_per_dimension(torch.zeros(4), logvar), kl)
 
 
 def test_an_autoencoder_is_the_same_network_without_noise_and_kl(digits):

@@ -293,7 +293,7 @@ REFUSED = {
     "faint": (seven_on(page(), dark=0.12), NO_INK),
     "dark lines": (seven_on(page_with(0.24, np.abs(Y % 30 - 15) < 2), width=3), ""),
     "two digits": (ones(120, 120), "there are 2 digits side by side"),
-    "a large and a small one": (ones(140, 105), "there are 2 digits side by side"),
+    "a large and a small one": (ones(140, 95), "there are 2 digits side by side"),
     "four digits": (ones(120, 120, 120, 120), "there are 4 digits side by side"),
     "dashes": (page_with(0.1, *DASHES), "the ink is in 5 pieces"),
     "writing": (writing(), "the ink is in 10 pieces"),
