@@ -130,7 +130,7 @@ def test_denoising_shows_noise_and_asks_for_the_clean_image():
     assert deviations.mean() == pytest.approx(0.15, abs=0.01)
     assert deviations.max() == pytest.approx(0.3, abs=0.02)
     expected = utils.bce_per_image(model.logits, grey).mean() + 2 * loss.kl
-    assert float(loss.loss) == pytest.approx(float(expected), rel=1e-5), EDITED
+    assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5), EDITED
 
 
 @pytest.fixture
