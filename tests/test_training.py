@@ -780,7 +780,7 @@ def test_a_finished_run_moved_to_the_place_of_its_repetition_is_kept(few, best):
     with pytest.raises(KeyboardInterrupt):
         train(few, best, resume=False, on_epoch=stop_after(1))
     best.with_name(ASIDE).replace(best)
-    train(few, best, objective=utils.elbo)
+    train(few, best)
     assert best.read_bytes() == finished
 
 
